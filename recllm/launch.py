@@ -1,0 +1,94 @@
+"""What every script does around its one call: parse, run, and say a user's mistake in one line."""
+
+import dataclasses
+import os
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable
+
+import yaml
+from rich.console import Console
+from trl import TrlParser
+
+from recllm.errors import UserError
+
+console = Console(stderr=True)  # progress and notes
+results = Console(soft_wrap=True)  # standard output is for results
+
+
+def run(main: Callable, *config_types: type, description: str | None = None, args: list[str] | None = None) -> None:
+    """`main(*configs)` under the command line's and --config's settings; exits 2 on a user's mistake, 130 on Ctrl-C."""
+    with exit_codes():
+        main(*parse(*config_types, description=description, args=args))
+
+
+class exit_codes:
+    """UserError → one line on stderr and exit 2; Ctrl-C → 130; a closed pipe (`| head`) → silence."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted: what was finished is kept; run the same command again to go on", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
+            raise SystemExit(0) from None
+
+
+def parse(*config_types: type, description: str | None = None, args: list[str] | None = None) -> tuple:
+    """TrlParser (--config x.yaml, overrides after it), with its tracebacks turned into sentences and types checked."""
+    args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
+    parser = TrlParser(config_types, description=description)
+    path = args[args.index("--config") + 1] if "--config" in args[:-1] else None
+    try:
+        configs = parser.parse_args_and_config(args)
+    except FileNotFoundError:
+        raise UserError("the config file does not exist", file=path, fix="check the path after --config") from None
+    except IndexError:
+        raise UserError("--config needs a path", fix="--config settings.yaml") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or "unreadable"
+        raise UserError(f"not valid YAML: {reason}", file=path, line=mark.line + 1 if mark else None) from None
+    except ValueError as error:
+        raise UserError(str(error), file=path, fix="--help lists the settings") from None
+    for config in configs:
+        check_types(config)
+    return configs
+
+
+def check_types(config) -> None:
+    """A YAML value of the wrong type is refused: argparse checks only what stands on the command line."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name, None)
+        if dataclasses.is_dataclass(config) and name in config.__dataclass_fields__ and not _fits(value, hint):
+            wanted = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+            raise UserError(f"{name}: {value!r} is not of type {wanted}", fix=f"correct `{name}` in the config")
+
+
+def _fits(value, hint) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is list:
+        return isinstance(value, list) and all(_fits(part, inner[0]) for part in value)
+    if hint in (int, float) and isinstance(value, bool):
+        return False  # `yes` in YAML is not a number
+    if hint is float:
+        return isinstance(value, int | float)
+    if hint is type(None):
+        return value is None
+    return isinstance(value, hint) if isinstance(hint, type) and hint in (int, str, bool) else True
+
+
+def _split_config(arg: str) -> list[str]:
+    return arg.split("=", 1) if arg.startswith("--config=") else [arg]
