@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow as pa
 
 from recllm.errors import UserError
-from recllm.files import digest, read_json, require, sha256_file
+from recllm.files import digest_all, read_json, require, sha256_file
 
 Split = Literal["train", "valid", "test"]  # an event may also have `none`: no history, so neither learnt nor a target
 
@@ -46,7 +46,7 @@ AGAIN = "run data_prep/prepare.py again, with --overwrite"
 
 def fingerprint_items(items: list[str]) -> str:
     """Which items, in which order: what embeddings, semantic IDs and models must agree on."""
-    return digest(*items)
+    return digest_all(items)
 
 
 @dataclasses.dataclass(frozen=True)

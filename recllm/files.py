@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,11 @@ def sha256_file(path: str | Path) -> str:
 
 def digest(*parts: str | bytes) -> str:
     """SHA-256 of the parts, each preceded by its length, so that ("ab", "c") and ("a", "bc") differ."""
+    return digest_all(parts)
+
+
+def digest_all(parts: Iterable[str | bytes]) -> str:
+    """The same of a stream of parts."""
     state = hashlib.sha256()
     for part in parts:
         part = part.encode() if isinstance(part, str) else part
