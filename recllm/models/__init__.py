@@ -1,0 +1,1 @@
+"""Models that recllm makes itself."""

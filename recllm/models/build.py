@@ -1,0 +1,127 @@
+"""The model that every later stage trains: a causal LM whose vocabulary holds every item.
+
+A folder that AutoModelForCausalLM and AutoTokenizer load, with semantic_ids.json inside and recllm.json beside it.
+"""
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from recllm.catalogue import Catalogue
+from recllm.errors import UserError
+from recllm.files import digest, read_json, write_folder_whole, write_json
+from recllm.launch import console
+from recllm.models.tiny import tiny_model, tiny_tokenizer
+from recllm.semantic_ids import SemanticIdTable
+from recllm.text import TEXT_COLUMNS, fuse
+from recllm.tokenization import Initialisation, ItemTokens, add_tokens, behaviour_token, initialise, resize
+
+TINY = "tiny"
+TEXT_WORDS = 128  # of an item, for the tiny tokenizer and the cluster means: the facts stand first
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class BuildModelConfig:
+    """Settings of `data_prep/build_model.py`."""
+
+    data: str = field(metadata={"help": "Prepared folder, with semantic_ids.json inside."})
+    output: str = field(metadata={"help": "Checkpoint folder to write."})
+    model: str = field(default=TINY, metadata={"help": "Hub name or path of a causal LM, or `tiny`."})
+    semantic_ids: str | None = field(default=None, metadata={"help": "Default: semantic_ids.json of the data folder."})
+    initialise: Initialisation = field(
+        default="cluster", metadata={"help": "New rows: cluster (mean of the members' text), mean, or random."}
+    )
+    text_columns: list[str] = field(
+        default_factory=lambda: list(TEXT_COLUMNS), metadata={"help": "Columns of items.parquet that describe an item."}
+    )
+    extra_tokens: list[str] = field(default_factory=list, metadata={"help": "Further tokens to add, as they are."})
+    dtype: str = field(default="float32", metadata={"help": f"Weights: {', '.join(DTYPES)}."})
+    tiny_width: int = field(default=128, metadata={"help": "model tiny: hidden width, a multiple of 64."})
+    tiny_layers: int = field(default=4, metadata={"help": "model tiny: layers."})
+    tiny_vocabulary: int = field(default=4096, metadata={"help": "model tiny: most text tokens of its BPE."})
+    seed: int = field(default=0, metadata={"help": "Of the new rows, and of the tiny model's weights."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a checkpoint that was made in another way."})
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.tiny_width < 64 or self.tiny_width % 64:
+            raise UserError(f"tiny_width must be a multiple of 64, got {self.tiny_width}")
+        if self.tiny_layers < 1 or self.tiny_vocabulary < 512:
+            raise UserError("tiny_layers must be at least 1 and tiny_vocabulary at least 512")
+
+
+def build_model(config: BuildModelConfig) -> Path:
+    """Make `config.output`, or leave it when it was made from the same index with the same settings."""
+    data, output = Path(config.data), Path(config.output)
+    catalogue = Catalogue.load(data)
+    table = SemanticIdTable.load(
+        config.semantic_ids or data / "semantic_ids.json", expect_items_fingerprint=catalogue.items_fingerprint
+    )
+    texts = {
+        row["item"]: text
+        for row in catalogue.items.iter_rows(named=True)
+        if (text := fuse(row, config.text_columns, max_words=TEXT_WORDS))
+    }
+    settings = {name: value for name, value in vars(config).items() if name not in ("data", "output", "overwrite")}
+    made_of = digest(table.fingerprint, catalogue.fingerprint, repr(settings))
+    if (output / "recllm.json").exists() and not config.overwrite:
+        if read_json(output / "recllm.json").get("made_of") == made_of:
+            console.print(f"{output} is made already, from the same index with the same settings.")
+            return output
+        raise UserError("the folder holds another checkpoint", file=output, fix="another --output, or --overwrite")
+
+    if output.exists() and not (output / "recllm.json").exists() and any(output.iterdir()):
+        raise UserError("the folder holds files that are no checkpoint of ours", file=output, fix="another --output")
+
+    model, tokenizer = base_model(config, list(texts.values()))
+    behaviours = [behaviour_token(behaviour) for behaviour in catalogue.behaviours]
+    before = len(tokenizer)
+    ids = add_tokens(tokenizer, [*table.all_tokens(), *behaviours, *config.extra_tokens])
+    rows = resize(model, tokenizer)
+    method = config.initialise if texts or config.initialise != "cluster" else "mean"
+    if method != config.initialise:
+        console.print("The catalogue has no text: new rows start at the mean instead of the cluster's text.")
+    new = [id for id in ids if id >= before]
+    initialise(model, tokenizer, new, method, ItemTokens.of(tokenizer, table), texts, config.seed)
+    with write_folder_whole(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        table.save(folder / "semantic_ids.json")
+        write_json(
+            folder / "recllm.json",
+            {
+                "recllm": version("recllm"),
+                "transformers": version("transformers"),
+                "made_of": made_of,
+                "base_model": config.model,
+                "catalogue": {"name": catalogue.name, "fingerprint": catalogue.fingerprint},
+                "semantic_ids": table.fingerprint,
+                "tokens": {"text": before, "items": sum(table.sizes), "behaviours": behaviours, "rows": rows},
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "initialise": method,
+                "seed": config.seed,
+            },
+        )
+    return output
+
+
+def base_model(config: BuildModelConfig, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The named model and tokenizer, or a tiny pair made for these texts."""
+    if config.model == TINY:
+        tokenizer = tiny_tokenizer(texts, config.tiny_vocabulary)
+        model = tiny_model(len(tokenizer), config.tiny_width, config.tiny_layers, config.seed)
+        return model.to(DTYPES[config.dtype]), tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        return AutoModelForCausalLM.from_pretrained(config.model, dtype=DTYPES[config.dtype]), tokenizer
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the model cannot be loaded: {str(error).splitlines()[0]}",
+            file=config.model,
+            fix="give a folder or a Hub name of a causal LM, or --model tiny",
+        ) from None
