@@ -77,7 +77,9 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     path = Path(path)
     try:
-        return json.loads(b"".join(line for _, line in read_lines(path)))
+        return json.loads(b"\n".join(line for _, line in read_lines(path)))
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8 text", file=path, fix="check the path") from None
     except json.JSONDecodeError as error:
         raise UserError(f"not valid JSON ({error.msg})", file=path, line=error.lineno) from None
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from rich.table import Table
 
 from recllm.catalogue import Catalogue
+from recllm.errors import UserError
 from recllm.files import read_json
+from recllm.semantic_ids import SemanticIdTable
 
 
 def pairs_table(title: str, rows: dict[str, str]) -> Table:
@@ -39,6 +41,44 @@ def catalogue_table(catalogue: Catalogue) -> Table:
         verb = {"drop": "dropped", "keep": "kept without text"}[unknown["policy"]]
         rows["unknown items"] = f"{unknown['items']:,} items, {unknown['events']:,} events {verb}"
     return pairs_table(f"{report['name']} ({catalogue.folder})", rows)
+
+
+def semantic_ids_table(table: SemanticIdTable) -> Table:
+    report = table.report
+    levels = ", ".join(f"{level['level']} {level['used']}/{level['codes']}" for level in report["levels"])
+    rows = {
+        "distinct": f"{report['distinct_share_before']:.2%} of {len(table):,} items, "
+        f"{report['distinct_share_after']:.2%} after collision handling",
+        "collisions": f"{report['items_in_collisions']:,} items, largest bucket {report['largest_bucket']}; "
+        f"{report['items_moved']:,} moved, {report['items_with_extra_level']:,} with an extra level",
+        "codes used": levels,
+    }
+    if "relative_error" in report:
+        rows["relative error"] = f"{report['relative_error']:.3f}"
+    purity = [figure for figure in report.get("purity", []) if figure["purity"] is not None]
+    if purity:
+        shares = [f"{figure['purity']:.2f} with {figure['depth']}" for figure in purity]
+        rows["same category"] = (
+            f"share of the items with the same first codes: {', '.join(shares)}; by chance {purity[0]['shuffled']:.2f}"
+        )
+    rows["fingerprint"] = table.fingerprint[:16]
+    return pairs_table("semantic IDs", rows)
+
+
+def folder_tables(folder: Path) -> list[Table]:
+    """Of everything that lies in a folder."""
+    tables = []
+    if (folder / "catalogue.json").exists():
+        tables.append(catalogue_table(Catalogue.load(folder)))
+    if (folder / "semantic_ids.json").exists():
+        tables.append(semantic_ids_table(SemanticIdTable.load(folder / "semantic_ids.json")))
+    if (folder / "recllm.json").exists():
+        tables.append(model_table(folder))
+    if not tables:
+        raise UserError(
+            "the folder holds no prepared data, semantic IDs or checkpoint", file=folder, fix="run data_prep/prepare.py"
+        )
+    return tables
 
 
 def model_table(folder: Path) -> Table:
