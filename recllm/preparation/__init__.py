@@ -87,8 +87,8 @@ def _prepare(config: PrepareConfig, output: Path, folder: Path) -> dict:
         written = writing.write_events(output, staged, buckets, label)
         survivors = staged.items.filter(pl.Series(of_item > 0))
         table = items.gather_items(item_parts, survivors, config.cold_items)
-        table = table.with_columns(items.gather_reviews(staged, written.trains, table["item"], config.reviews_per_item))
-        table = items.with_own_columns(table)
+        reviews = items.gather_reviews(staged, written.trains, table["item"], config.reviews_per_item)
+        table = items.with_own_columns(items.with_reviews(table, reviews))
         with write_whole(output / "items.parquet") as path:
             table.write_parquet(path, compression="zstd")
     dropped["k_core_rounds"] = rounds
@@ -175,14 +175,16 @@ def _counted(batches):
 
 def _sources(config: PrepareConfig) -> list[dict]:
     """Each input file's name, size and SHA-256; a missing file is found here, before anything is written."""
-    sources = []
-    for path in map(Path, [*config.interactions, *config.items]):
-        if not path.exists():
-            raise UserError("the file does not exist", file=path, fix="check the path")
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            if file.is_file():
-                sources.append({"file": file.name, "bytes": file.stat().st_size, "sha256": sha256_file(file)})
-    return sources
+    reader = formats.by_name(config.format)
+    files = [file for path in config.interactions for file in reader.files(_present(path))]
+    files += [_present(path) for path in config.items]
+    return [{"file": file.name, "bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files]
+
+
+def _present(path: str) -> Path:
+    if not Path(path).exists():
+        raise UserError("the file does not exist", file=path, fix="check the path")
+    return Path(path)
 
 
 def _already(output: Path, made_of: str, overwrite: bool) -> Catalogue | None:

@@ -15,7 +15,7 @@ from recllm.text import best_reviews
 
 PART_ITEMS = 50_000
 CANDIDATES = 4  # reviews held for each one kept: text.best_reviews chooses among them
-STAGED_COLUMNS = {name: kind for name, kind in ITEM_COLUMNS.items() if name != "reviews"} | {"own": pl.String}
+STAGED_COLUMNS = ITEM_COLUMNS | {"own": pl.String}
 
 
 def stage_items(records: Iterable[dict], folder: Path) -> list[Path]:
@@ -26,6 +26,8 @@ def stage_items(records: Iterable[dict], folder: Path) -> list[Path]:
         for record in batch:
             own = {name: value for name, value in record.items() if name not in ITEM_COLUMNS}
             row = {name: record.get(name) for name in STAGED_COLUMNS if name != "own"}
+            if isinstance(row["reviews"], str):
+                row["reviews"] = [row["reviews"]]
             rows.append(row | {"own": json.dumps(own, ensure_ascii=False) if own else None})
         parts.append(folder / f"items-{len(parts):05d}.parquet")
         pl.DataFrame(rows, schema=STAGED_COLUMNS).write_parquet(parts[-1], compression="lz4")
@@ -85,6 +87,12 @@ def with_own_columns(table: pl.DataFrame) -> pl.DataFrame:
             columns.append(pl.Series(name, values, dtype=pl.String))
     table = table.drop("own").with_columns(pl.col("categories").fill_null([]), *columns)
     return table.select(*ITEM_COLUMNS, pl.exclude(list(ITEM_COLUMNS)))
+
+
+def with_reviews(table: pl.DataFrame, of_events: pl.Series) -> pl.DataFrame:
+    """The reviews of the events; those of the item files where no event has one."""
+    own = table["reviews"].fill_null([])
+    return table.with_columns(pl.when(of_events.list.len() > 0).then(of_events).otherwise(own).alias("reviews"))
 
 
 def gather_reviews(staged: Staged, trains: np.ndarray, wanted: pl.Series, keep: int) -> pl.Series:

@@ -137,6 +137,13 @@ def test_reviews_come_from_training_events_only_and_the_best_first(tmp_path):
     assert secret not in str(catalogue.items.rows())
 
 
+def test_reviews_of_the_item_file_serve_where_no_event_has_one(tmp_path):
+    items = [{"item": "a", "reviews": ["a from the file"]}, {"item": "b", "reviews": ["b from the file"]}]
+    rows = [{"user": "u", "item": "a", "review": "This event says something of a"}, {"user": "u", "item": "b"}]
+    catalogue = made(tmp_path, rows, items)
+    assert catalogue.items["reviews"].to_list() == [["This event says something of a"], ["b from the file"]]
+
+
 def test_own_columns_travel_and_cold_items_are_a_setting(tmp_path):
     items = [
         {"item": "a", "title": "A", "color": "red"},
