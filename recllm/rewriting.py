@@ -72,7 +72,8 @@ def rewrite(config: RewriteConfig, teacher: TeacherConfig) -> pl.DataFrame | Non
     cache = catalogue.folder / CACHE_FILE
     writer = teacher.make()
     expected = estimate(writer, asked, cache, teacher.input_price, teacher.output_price, teacher.concurrency)
-    console.print(f"rewriting {len(rows):,} items by the {teacher.teacher} teacher: {expected}", highlight=False)
+    how = "from templates" if teacher.teacher == "offline" else f"by {teacher.teacher_model}: {expected}"
+    console.print(f"rewriting {len(rows):,} items {how}", highlight=False, soft_wrap=True)
     if teacher.estimate_only:
         return None
     answers = dict(zip((request.key for request in asked), cached_write(writer, asked, cache, "rewriting")))

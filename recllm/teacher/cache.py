@@ -1,0 +1,73 @@
+"""Every text a teacher writes is kept at once, by the hash of what was asked, so that nothing is paid for twice."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from recllm.errors import UserError
+from recllm.files import read_lines
+from recllm.progress import progress
+from recllm.teacher.request import Request, Teacher
+
+
+def cached_write(
+    teacher: Teacher, requests: Sequence[Request], cache_path: str | Path, what: str = "writing"
+) -> list[str]:
+    """The texts, in the order of `requests`: from the cache where it has them, else from the teacher, and then cached.
+
+    The cache is a JSON Lines file that only grows. Killed at any moment, it loses at most the line being written; run
+    again, only what is missing is asked. An empty text is returned but not kept: the next run asks again.
+    """
+    cache_path = Path(cache_path)
+    keys = [teacher.cache_key(request) for request in requests]
+    _cut_partial_line(cache_path)
+    texts = read_cache(cache_path)
+    missing = {key: request for key, request in zip(keys, requests) if key not in texts}
+    if missing:
+        key_of = {id(request): key for key, request in missing.items()}
+        done = len(requests) - sum(key in missing for key in keys)
+        cache_path.parent.mkdir(parents=True, exist_ok=True)
+        with open(cache_path, "ab") as cache, progress(what, done + len(missing), done) as advance:
+            for request, text in teacher.write(list(missing.values())):
+                key = key_of[id(request)]
+                texts[key] = text
+                if text.strip():
+                    cache.write(json.dumps({"key": key, "text": text}).encode() + b"\n")
+                    cache.flush()
+                advance(1)
+    return [texts[key] for key in keys]
+
+
+def read_cache(path: str | Path) -> dict[str, str]:
+    """key → text. A last line cut short by a kill does not count."""
+    path = Path(path)
+    if not path.exists():
+        return {}
+    texts, broken = {}, None
+    for number, line in read_lines(path):
+        if broken:
+            raise UserError("not a line of the teacher's cache", file=path, line=broken, fix="delete that line")
+        try:
+            entry = json.loads(line)
+            texts[entry["key"]] = str(entry["text"])
+        except (ValueError, KeyError, TypeError):
+            broken = number
+    return texts
+
+
+def _cut_partial_line(path: Path) -> None:
+    """Remove what follows the last end of line: the next text is appended there."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as stream:
+        end = stream.seek(0, 2)
+        kept = end
+        while kept > 0:
+            start = max(0, kept - 65536)
+            stream.seek(start)
+            newline = stream.read(kept - start).rfind(b"\n")
+            kept = start + newline + 1
+            if newline >= 0:
+                break
+        if kept != end:
+            stream.truncate(kept)
