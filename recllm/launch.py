@@ -1,6 +1,8 @@
 """What every script does around its one call: parse, run, and say a user's mistake in one line."""
 
+import argparse
 import dataclasses
+import logging
 import os
 import signal
 import sys
@@ -16,6 +18,8 @@ from recllm.errors import UserError
 
 console = Console(stderr=True)  # progress and notes
 results = Console(soft_wrap=True)  # standard output is for results
+# transformers imports DeepSpeed when it saves; that a CPU was found is no warning to a user of a CPU.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def run(main: Callable, *config_types: type, description: str | None = None, args: list[str] | None = None) -> None:
@@ -42,10 +46,14 @@ class exit_codes:
             raise SystemExit(0) from None
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """A script's docstring as it stands, and every setting's default."""
+
+
 def parse(*config_types: type, description: str | None = None, args: list[str] | None = None) -> tuple:
     """TrlParser (--config x.yaml, overrides after it), with its tracebacks turned into sentences and types checked."""
     args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
-    parser = TrlParser(config_types, description=description)
+    parser = TrlParser(config_types, description=description, formatter_class=_Help)
     path = args[args.index("--config") + 1] if "--config" in args[:-1] else None
     try:
         configs = parser.parse_args_and_config(args)

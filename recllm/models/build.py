@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from recllm.catalogue import Catalogue
 from recllm.errors import UserError
@@ -88,6 +89,7 @@ def build_model(config: BuildModelConfig) -> Path:
         console.print("The catalogue has no text: new rows start at the mean instead of the cluster's text.")
     new = [id for id in ids if id >= before]
     initialise(model, tokenizer, new, method, ItemTokens.of(tokenizer, table), texts, config.seed)
+    transformers_logging.disable_progress_bar()  # one line for each shard says nothing
     with write_folder_whole(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

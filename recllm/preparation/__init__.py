@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from recllm import formats
+from recllm import formats, shop
 from recllm.catalogue import Catalogue, fingerprint_items
 from recllm.errors import UserError
 from recllm.files import digest, digest_all, read_json, sha256_file, write_json, write_whole
@@ -202,11 +202,10 @@ def _already(output: Path, made_of: str, overwrite: bool) -> Catalogue | None:
 
 def _with_the_shop(config: PrepareConfig, output: Path) -> PrepareConfig:
     """The shop is written as any user's data would lie there, and read as such."""
-    from recllm import shop
-
     raw = output / "raw"
-    made = shop.make_shop(shop.ShopConfig(items=config.shop_items, users=config.shop_users, seed=config.seed))
-    shop.write(made, raw)
+    wanted = shop.ShopConfig(items=config.shop_items, users=config.shop_users, seed=config.seed)
+    if not shop.is_written(wanted, raw):
+        shop.write(shop.make_shop(wanted), raw)
     return PrepareConfig(
         **vars(config)
         | {

@@ -8,7 +8,7 @@ docs/shop.md tells the story, the floor and how methods separate on it.
 """
 
 from recllm.shop.floor import Floor, entropy_floor
-from recllm.shop.making import Shop, make_shop, write
+from recllm.shop.making import Shop, is_written, make_shop, write
 from recllm.shop.world import ShopConfig
 
-__all__ = ["Floor", "Shop", "ShopConfig", "entropy_floor", "make_shop", "write"]
+__all__ = ["Floor", "Shop", "ShopConfig", "entropy_floor", "is_written", "make_shop", "write"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from recllm.files import write_json, write_whole
+from recllm.files import read_json, write_json, write_whole
 from recllm.shop.floor import Floor, entropy_floor
 from recllm.shop.story import CHUNK, FUNNEL, walk
 from recllm.shop.texts import catalogue_items, review
@@ -69,6 +69,12 @@ def write(shop: Shop, folder: str | Path) -> None:
     _write_lines(folder / "items.jsonl.gz", shop.items)
     truth = {"config": dataclasses.asdict(shop.config), "floor": dataclasses.asdict(shop.floor)}
     write_json(folder / "truth.json", truth | {"decisions": shop.decisions.to_dicts()})
+
+
+def is_written(config: ShopConfig, folder: str | Path) -> bool:
+    """Does the folder hold this shop, whole? truth.json is written last."""
+    truth = Path(folder) / "truth.json"
+    return truth.exists() and read_json(truth)["config"] == dataclasses.asdict(config)
 
 
 def _write_lines(path: Path, rows) -> None:

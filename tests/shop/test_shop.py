@@ -12,7 +12,7 @@ from recllm import formats
 from recllm.errors import UserError
 from recllm.files import read_json, read_lines
 from recllm.formats.records import BadLines
-from recllm.shop import Shop, ShopConfig, make_shop, write
+from recllm.shop import Shop, ShopConfig, is_written, make_shop, write
 from recllm.shop.__main__ import main
 
 make = functools.cache(lambda **settings: make_shop(ShopConfig(**settings)))
@@ -349,3 +349,11 @@ def test_the_command_prints_the_floor(capsys):
     assert "pay" in printed
     assert "oracle" in printed
     assert "observer" in printed
+
+
+def test_a_written_shop_is_known_again(tmp_path):
+    config = ShopConfig(items=60, users=20)
+    assert not is_written(config, tmp_path)
+    write(make_shop(config), tmp_path)
+    assert is_written(config, tmp_path)
+    assert not is_written(ShopConfig(items=60, users=20, seed=1), tmp_path)
