@@ -198,29 +198,32 @@ def test_again_is_quick_and_other_settings_need_overwrite(tmp_path):
 
 
 def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path):
-    """SIGKILL after delays spread over the whole run; whatever lies there, the next run ends with the same files."""
+    """SIGKILL as soon as the first file of each phase lies there; the next run ends with the files of a whole run."""
     log = write_log(tmp_path / "log.jsonl", random_log(users=400, items=60))
-    arguments = ["--interactions", log, "--user_core", "2", "--item_core", "2", "--bucket_events", "100"]
+    killed_folder = tmp_path / "killed"
 
     def command(output: Path) -> list[str]:
-        return [sys.executable, str(SCRIPT), *arguments, "--name", "log", "--output", str(output)]
+        settings = ["--user_core", "2", "--item_core", "2", "--bucket_events", "100", "--name", "log"]
+        return [sys.executable, str(SCRIPT), "--interactions", log, "--output", str(output), *settings]
 
-    start = time.monotonic()
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    whole_run = time.monotonic() - start
     killed = 0
-    for share in (0.5, 0.7, 0.8, 0.9, 0.95):
-        process = subprocess.Popen(
-            command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        time.sleep(whole_run * share)
-        os.killpg(process.pid, signal.SIGKILL)
+    for sign in (
+        ".prepare-staging/part-*",
+        ".prepare-staging/bucket-*",
+        ".interactions.parquet*",
+        "interactions.parquet",
+    ):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command(killed_folder), **quiet)
+        while process.poll() is None and not list(killed_folder.glob(sign)):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
-        if (tmp_path / "killed" / "catalogue.json").exists():
-            break
-    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True)
-    assert killed > 0
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+        assert not (killed_folder / "catalogue.json").exists() or process.returncode == 0
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    subprocess.run(command(killed_folder), check=True, capture_output=True)
+    assert killed >= 2
+    assert content(killed_folder) == content(tmp_path / "whole")
 
 
 # ---- what users get wrong
