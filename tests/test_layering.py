@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "recllm"
 LAYERS = [  # a module may import modules of earlier lines, and of its own package
     {"errors"},
     {"files"},
-    {"catalogue"},
+    {"catalogue", "metrics"},
     {"launch"},
     {"progress", "text"},
     {"formats", "shop", "teacher", "embeddings", "semantic_ids"},
