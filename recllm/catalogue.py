@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow as pa
 
 from recllm.errors import UserError
-from recllm.files import digest_all, read_json, require, sha256_file
+from recllm.files import digest_all, read_object, require, sha256_file
 
 Split = Literal["train", "valid", "test"]  # an event may also have `none`: no history, so neither learnt nor a target
 
@@ -62,7 +62,9 @@ class Catalogue:
         folder = require(folder, "the prepared data set", PREPARE)
         for name in ("catalogue.json", "items.parquet", "interactions.parquet", "splits.parquet"):
             require(folder / name, "a part of the prepared data set", PREPARE)
-        report = read_json(folder / "catalogue.json")
+        report = read_object(folder / "catalogue.json")
+        if not isinstance(report.get("files", {}), dict):
+            raise UserError("is damaged", file=folder / "catalogue.json", fix=AGAIN)
         for name, sha256 in report.get("files", {}).items():
             if sha256_file(folder / name) != sha256:
                 raise UserError("the file is not of the same run as catalogue.json", file=folder / name, fix=AGAIN)
@@ -118,11 +120,13 @@ class Catalogue:
     def targets(self, split: Split, max_history: int | None = None) -> pl.DataFrame:
         """user, position, item, behaviour, history, history_behaviours: one row for each target of `split`.
 
-        The history is what came before the target, oldest first, cut to the last `max_history`.
+        The history is what came before the target, oldest first, cut to the last `max_history`; without it, to what
+        was set when the data was prepared (--max_history), so that every model sees as much of the past.
         """
+        longest = max_history or self.report.get("max_history") or 2**31
         events = self.interactions.with_columns(row=pl.int_range(pl.len()))
         wanted = events.filter(pl.col("split") == split)
-        length = pl.min_horizontal("position", pl.lit(max_history or 2**31, pl.UInt32)).cast(pl.Int64)
+        length = pl.min_horizontal("position", pl.lit(longest, pl.UInt32)).cast(pl.Int64)
         # The events of a user are consecutive rows: a history is the `length` rows before the target's.
         spans = wanted.with_columns(past=pl.int_ranges(pl.col("row") - length, pl.col("row")))
         return spans.select(

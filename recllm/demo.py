@@ -77,7 +77,7 @@ def stage(what: str):
 
 def floor_table(data: Path) -> Table:
     """What any model can reach on this shop, from the generator itself."""
-    floor = read_json(data / "raw" / "truth.json")["floor"]
+    floor = read_json(data / "shop" / "truth.json")["floor"]
     table = Table(title="the best any model can do here", title_justify="left", box=None, pad_edge=False)
     for column in ("", "Recall@10", "NDCG@10"):
         table.add_column(column, justify="right" if column else "left")

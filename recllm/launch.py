@@ -1,20 +1,20 @@
 """What every script does around its one call: parse, run, and say a user's mistake in one line."""
 
 import argparse
-import dataclasses
 import logging
 import os
 import signal
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import yaml
 from rich.console import Console
 from trl import TrlParser
 
 from recllm.errors import UserError
+from recllm.files import read_lines
 
 console = Console(stderr=True)  # progress and notes
 results = Console(soft_wrap=True)  # standard output is for results
@@ -39,7 +39,7 @@ class exit_codes:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         if isinstance(error, KeyboardInterrupt):
-            print("interrupted: what was finished is kept; run the same command again to go on", file=sys.stderr)
+            print("interrupted: finished files are whole; run the same command again", file=sys.stderr)
             raise SystemExit(128 + signal.SIGINT) from None
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
@@ -55,16 +55,12 @@ def parse(*config_types: type, description: str | None = None, args: list[str] |
     args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
     parser = TrlParser(config_types, description=description, formatter_class=_Help)
     path = args[args.index("--config") + 1] if "--config" in args[:-1] else None
+    if path is not None:
+        check_file(path, config_types)
     try:
         configs = parser.parse_args_and_config(args)
-    except FileNotFoundError:
-        raise UserError("the config file does not exist", file=path, fix="check the path after --config") from None
     except IndexError:
         raise UserError("--config needs a path", fix="--config settings.yaml") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or "unreadable"
-        raise UserError(f"not valid YAML: {reason}", file=path, line=mark.line + 1 if mark else None) from None
     except ValueError as error:
         raise UserError(str(error), file=path, fix="--help lists the settings") from None
     for config in configs:
@@ -72,13 +68,37 @@ def parse(*config_types: type, description: str | None = None, args: list[str] |
     return configs
 
 
+def check_file(path: str, config_types: Sequence[type]) -> None:
+    """The YAML can be read and its values are of the settings' types: argparse checks the command line alone.
+
+    Text passes for any single value, since argparse converts it (`5e-5` is text in YAML).
+    """
+    text = b"\n".join(line for _, line in read_lines(path))
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or "unreadable"
+        raise UserError(f"not valid YAML: {reason}", file=path, line=mark.line + 1 if mark else None) from None
+    if not isinstance(values, dict):
+        raise UserError("the config is no mapping of settings to values", file=path, fix="lines of `setting: value`")
+    for name, hint in (pair for kind in config_types for pair in typing.get_type_hints(kind).items()):
+        value = values.get(name)
+        converted = isinstance(value, str) and not _fits([], hint)
+        if name in values and not converted and not _fits(value, hint):
+            raise UserError(f"{name}: {value!r} is not of type {_name(hint)}", file=path, fix=f"correct `{name}`")
+
+
 def check_types(config) -> None:
-    """A YAML value of the wrong type is refused: argparse checks only what stands on the command line."""
+    """What argparse let through is refused: a value that is none of the choices, text for a number."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name, None)
-        if dataclasses.is_dataclass(config) and name in config.__dataclass_fields__ and not _fits(value, hint):
-            wanted = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-            raise UserError(f"{name}: {value!r} is not of type {wanted}", fix=f"correct `{name}` in the config")
+        if name in config.__dataclass_fields__ and not _fits(value, hint):
+            raise UserError(f"{name}: {value!r} is not of type {_name(hint)}", fix=f"correct `{name}`")
+
+
+def _name(hint) -> str:
+    return str(hint).removeprefix("typing.") if typing.get_args(hint) else getattr(hint, "__name__", str(hint))
 
 
 def _fits(value, hint) -> bool:

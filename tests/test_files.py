@@ -1,6 +1,7 @@
 """Whole files or none; one sentence for what cannot be read."""
 
 import gzip
+import os
 
 import pytest
 from hypothesis import given
@@ -38,6 +39,41 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         (partial / "new").touch()
     assert [path.name for path in folder.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_kill_between_the_two_renames_loses_neither_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    with write_folder_whole(folder) as partial:
+        (partial / "old").touch()
+
+    def killed(source, target, replace=os.replace):
+        replace(source, target)
+        raise KeyboardInterrupt  # after the first rename, as a kill would come
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), write_folder_whole(folder):
+        patch.setattr(os, "replace", killed)
+    assert not folder.exists()
+    with pytest.raises(ZeroDivisionError), write_folder_whole(folder) as partial:
+        (partial / f"half {1 / 0}").touch()
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_cannot_be_written_is_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "below.txt", "/proc/nothing/there"):
+        with pytest.raises(UserError, match=r"is a folder|cannot be written"), write_whole(path):
+            pass
+    for path in (tmp_path / "file" / "below", "/proc/nothing"):
+        with pytest.raises(UserError, match="cannot be written"), write_folder_whole(path):
+            pass
+
+
+def test_files_are_for_everybody_whom_the_umask_lets_in(tmp_path):
+    with write_whole(tmp_path / "file") as partial:
+        partial.touch(mode=0o600)
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
@@ -78,7 +114,7 @@ def test_missing_and_foreign_files(tmp_path):
     (tmp_path / "plain.gz").write_text("no gzip")
     with pytest.raises(UserError, match="not a gzip file"):
         list(read_lines(tmp_path / "plain.gz"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder, and a file is wanted"):
         list(read_lines(tmp_path))
 
 

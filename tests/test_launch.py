@@ -51,7 +51,12 @@ def test_yaml_then_command_line(tmp_path):
         ("name: a\nkind: c", "kind: 'c' is not of type"),
         ("name: a\ncount: -1", "count must not be negative"),
         ("name: [a", "line 1: not valid YAML|line 2: not valid YAML"),
-        ("- a", "must contain a YAML mapping"),
+        ("- a", "no mapping of settings"),
+        ("", "no mapping of settings"),
+        ("name: a\ncount: null", "count: None is not of type int"),
+        ("name: a\ncount: [1]", r"count: \[1\] is not of type int"),
+        ("name: a\nmany: x", "many: 'x' is not of type"),
+        ("name: a\nrate: {a: 1}", "rate: .* is not of type float"),
     ],
 )
 def test_a_bad_yaml_is_a_sentence(tmp_path, text, sentence):
@@ -60,8 +65,10 @@ def test_a_bad_yaml_is_a_sentence(tmp_path, text, sentence):
 
 
 def test_config_that_is_missing():
-    with pytest.raises(UserError, match=r"none\.yaml: the config file does not exist"):
+    with pytest.raises(UserError, match=r"none\.yaml: the file does not exist"):
         parse("--config", "none.yaml")
+    with pytest.raises(UserError, match="is a folder"):
+        parse("--config", ".")
     with pytest.raises(UserError, match="--config needs a path"):
         parse("--config")
 

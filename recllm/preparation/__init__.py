@@ -7,7 +7,7 @@ split      train, valid, test
 write      items, interactions, splits, and last catalogue.json, without which a folder does not count as prepared
 """
 
-import shutil
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,55 +15,41 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from recllm import formats, shop
+from recllm import formats
 from recllm.catalogue import Catalogue, fingerprint_items
 from recllm.errors import UserError
-from recllm.files import digest, digest_all, read_json, sha256_file, write_json, write_whole
+from recllm.files import digest, digest_all
 from recllm.formats.records import BadLines
 from recllm.launch import console
-from recllm.preparation import filtering, items, splitting, staging, writing
+from recllm.preparation import filtering, folder, items, splitting, staging, writing
 from recllm.preparation.config import PrepareConfig
 
 __all__ = ["PrepareConfig", "prepare"]
-
-FOLDER_VERSION = 1
-FILES = ("items.parquet", "interactions.parquet", "splits.parquet")
-STAGING = ".prepare-staging"
 
 
 def prepare(config: PrepareConfig) -> Catalogue:
     """Prepare `config.output`, or return it as it is when it was made from the same files with the same settings."""
     output = Path(config.output)
-    if config.format == "shop":
-        config = _with_the_shop(config, output)
-    sources = _sources(config)
-    made_of = digest(*(f"{source['file']} {source['sha256']}" for source in sources), repr(config.fingerprinted()))
-    if (done := _already(output, made_of, config.overwrite)) is not None:
+    of = folder.sources(config)
+    made_of = folder.made_of(config, of)
+    if (done := folder.already(config, made_of)) is not None:
         console.print(f"{output} is prepared already, from the same files with the same settings.")
         return done
-
-    folder = output / STAGING
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
-    folder.mkdir(parents=True)
-    try:
-        (output / "catalogue.json").unlink(missing_ok=True)
-        report = _prepare(config, output, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    files = {name: sha256_file(output / name) for name in FILES}
-    write_json(output / "catalogue.json", report | {"files": files, "made_of": made_of, "sources": sources})
+    with folder.staged_in(output) as made:
+        raw = folder.with_the_shop(config) if config.format == "shop" else config
+        report = _prepare(raw, made) | {"made_of": made_of, "sources": of}
+        folder.move_in(made, output, report)
     return Catalogue.load(output)
 
 
-def _prepare(config: PrepareConfig, output: Path, folder: Path) -> dict:
-    reader, bad = formats.by_name(config.format), BadLines(config.on_bad_line)
+def _prepare(config: PrepareConfig, made: Path) -> dict:
+    bad = BadLines(config.on_bad_line)
     with console.status("reading items"):
-        item_parts = items.stage_items(_each(config.items, reader.items, bad), folder)
-    batches = _counted(_each(config.interactions, reader.events, bad))
-    staged = staging.stage_events(batches, folder, config)
+        item_parts = items.stage_items(config, bad, made)
+    staged = staging.stage_events(_counted(_events(config, bad)), made, config)
 
     with console.status("ordering and filtering events"):
-        buckets = staging.bucket_users(staged, folder, config.bucket_events)
+        buckets = staging.bucket_users(staged, made, config.bucket_events)
         ties, dropped = _ordered(buckets, staged, config)
         dropped |= _without_unknown_items(buckets, staged, item_parts, config)
         rounds = filtering.k_core(buckets, len(staged.users), len(staged.items), config.user_core, config.item_core)
@@ -84,18 +70,18 @@ def _prepare(config: PrepareConfig, output: Path, folder: Path) -> dict:
             "official": splitting.official,
             "time": partial(splitting.by_time, **dict(zip(("valid_from", "test_from"), boundaries or ()))),
         }[config.split]
-        written = writing.write_events(output, staged, buckets, label)
+        written = writing.write_events(made, staged, buckets, label)
+        splitting.refuse_empty(config, written.splits)
         survivors = staged.items.filter(pl.Series(of_item > 0))
         table = items.gather_items(item_parts, survivors, config.cold_items)
         reviews = items.gather_reviews(staged, written.trains, table["item"], config.reviews_per_item)
         table = items.with_own_columns(items.with_reviews(table, reviews))
-        with write_whole(output / "items.parquet") as path:
-            table.write_parquet(path, compression="zstd")
+        table.write_parquet(made / "items.parquet", compression="zstd")
     dropped["k_core_rounds"] = rounds
     return {
         "recllm": version("recllm"),
-        "version": FOLDER_VERSION,
-        "name": config.name or output.resolve().name,
+        "version": folder.FOLDER_VERSION,
+        "name": config.name or Path(config.output).resolve().name,
         **_counts(staged, written, table),
         "time_boundaries": boundaries,
         "max_history": config.max_history,
@@ -150,7 +136,7 @@ def _without_unknown_items(buckets, staged: staging.Staged, item_parts: list[Pat
     events_of = pl.DataFrame({"item": staged.items, "events": of_item}).filter(pl.col("events") > 0)
     unknown = items.unknown_items(item_parts, events_of)
     if len(unknown) and config.unknown_items == "stop":
-        items.refuse_unknown(unknown, staged, config.interactions[0])
+        items.refuse_unknown(unknown, staged, config.interactions)
     if len(unknown) and config.unknown_items == "drop":
         lost = staged.items.is_in(unknown["item"].implode()).to_numpy()
         filtering.rewrite(buckets, lambda events: events[~lost[events["item"]]])
@@ -158,9 +144,12 @@ def _without_unknown_items(buckets, staged: staging.Staged, item_parts: list[Pat
     return {"unknown_items": {"policy": config.unknown_items, "items": len(unknown), "events": events}}
 
 
-def _each(paths: list[str], read, bad: BadLines):
-    for path in paths:
-        yield from read(Path(path), bad)
+def _events(config: PrepareConfig, bad: BadLines) -> Iterator[pl.DataFrame]:
+    """The events of all files, with the number of the file."""
+    reader = formats.by_name(config.format)
+    for number, path in enumerate(config.interactions):
+        for batch in reader.events(Path(path), bad):
+            yield batch.with_columns(file=pl.lit(number, pl.UInt16))
 
 
 def _counted(batches):
@@ -171,47 +160,3 @@ def _counted(batches):
             seen += len(batch)
             status.update(f"reading events: {seen:,}")
             yield batch
-
-
-def _sources(config: PrepareConfig) -> list[dict]:
-    """Each input file's name, size and SHA-256; a missing file is found here, before anything is written."""
-    reader = formats.by_name(config.format)
-    files = [file for path in config.interactions for file in reader.files(_present(path))]
-    files += [_present(path) for path in config.items]
-    return [{"file": file.name, "bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files]
-
-
-def _present(path: str) -> Path:
-    if not Path(path).exists():
-        raise UserError("the file does not exist", file=path, fix="check the path")
-    return Path(path)
-
-
-def _already(output: Path, made_of: str, overwrite: bool) -> Catalogue | None:
-    """The folder if it is what would be made; an error if it holds something else."""
-    if not (output / "catalogue.json").exists() or overwrite:
-        return None
-    if read_json(output / "catalogue.json").get("made_of") != made_of:
-        raise UserError(
-            "the folder holds a data set made from other files or with other settings",
-            file=output,
-            fix="choose another --output, or --overwrite",
-        )
-    return Catalogue.load(output)
-
-
-def _with_the_shop(config: PrepareConfig, output: Path) -> PrepareConfig:
-    """The shop is written as any user's data would lie there, and read as such."""
-    raw = output / "raw"
-    wanted = shop.ShopConfig(items=config.shop_items, users=config.shop_users, seed=config.seed)
-    if not shop.is_written(wanted, raw):
-        shop.write(shop.make_shop(wanted), raw)
-    return PrepareConfig(
-        **vars(config)
-        | {
-            "format": "jsonl",
-            "interactions": [str(raw / "interactions.jsonl.gz")],
-            "items": [str(raw / "items.jsonl.gz")],
-            "name": config.name or "shop",
-        }
-    )

@@ -67,10 +67,14 @@ def k_core(buckets: list[Path], users: int, items: int, user_core: int, item_cor
 
 
 def counts(buckets: list[Path], users: int, items: int) -> tuple[np.ndarray, np.ndarray]:
-    """Events of each user and of each item."""
+    """Events of each user and of each item. A bucket's users are a range of codes of their own."""
     of_user, of_item = np.zeros(users, np.int64), np.zeros(items, np.int64)
     for path in buckets:
         events = read_bucket(path)
-        of_user += np.bincount(events["user"], minlength=users)
+        if not len(events):
+            continue
+        first = int(events["user"].min())
+        here = np.bincount(events["user"] - first)
+        of_user[first : first + len(here)] += here
         of_item += np.bincount(events["item"], minlength=items)
     return of_user, of_item

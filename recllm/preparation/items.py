@@ -1,15 +1,17 @@
 """The items' side: staged while the files stream by, gathered for the items that survive, with their best reviews."""
 
 import json
-from collections.abc import Iterable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
+from recllm import formats
 from recllm.catalogue import ITEM_COLUMNS
 from recllm.errors import UserError
+from recllm.formats.records import BadLines
+from recllm.preparation.config import PrepareConfig
 from recllm.preparation.staging import Staged
 from recllm.text import best_reviews
 
@@ -18,9 +20,11 @@ CANDIDATES = 4  # reviews held for each one kept: text.best_reviews chooses amon
 STAGED_COLUMNS = ITEM_COLUMNS | {"own": pl.String}
 
 
-def stage_items(records: Iterable[dict], folder: Path) -> list[Path]:
+def stage_items(config: PrepareConfig, bad: BadLines, folder: Path) -> list[Path]:
     """Records as parquet parts; what is the data's own travels as JSON until it is known which columns there are."""
-    parts, records = [], iter(records)
+    reader = formats.by_name(config.format)
+    records = chain.from_iterable(reader.items(Path(path), bad) for path in config.items)
+    parts = []
     while batch := list(islice(records, PART_ITEMS)):
         rows = []
         for record in batch:
@@ -31,7 +35,20 @@ def stage_items(records: Iterable[dict], folder: Path) -> list[Path]:
             rows.append(row | {"own": json.dumps(own, ensure_ascii=False) if own else None})
         parts.append(folder / f"items-{len(parts):05d}.parquet")
         pl.DataFrame(rows, schema=STAGED_COLUMNS).write_parquet(parts[-1], compression="lz4")
+    if len(config.items) > 1:  # within a file the reader has looked
+        _refuse_twice(parts, config)
     return parts
+
+
+def _refuse_twice(parts: list[Path], config: PrepareConfig) -> None:
+    """An item of two item files: which text would be its own?"""
+    count = pl.scan_parquet(parts).group_by("item").len().filter(pl.col("len") > 1)
+    if len(twice := count.sort("item").collect(engine="streaming")):
+        raise UserError(
+            f"{len(twice):,} items stand in more than one of the item files, {twice['item'][0]!r} for one",
+            file=config.items[0],
+            fix="give each item in one file",
+        )
 
 
 def unknown_items(parts: list[Path], events_of: pl.DataFrame) -> pl.DataFrame:
@@ -42,17 +59,17 @@ def unknown_items(parts: list[Path], events_of: pl.DataFrame) -> pl.DataFrame:
     return events_of.lazy().join(known, on="item", how="anti", maintain_order="left").collect(engine="streaming")
 
 
-def refuse_unknown(unknown: pl.DataFrame, staged: Staged, path: str) -> None:
+def refuse_unknown(unknown: pl.DataFrame, staged: Staged, files: list[str]) -> None:
     """Name the first event of an item that the item files lack."""
     wanted = unknown["item"].implode()
     for part in staged.parts:
-        rows = pl.read_parquet(part, columns=["item", "line"]).filter(pl.col("item").is_in(wanted))
+        rows = pl.read_parquet(part, columns=["item", "file", "line"]).filter(pl.col("item").is_in(wanted))
         if len(rows):
-            item, line = rows.row(0)
+            item, file, line = rows.row(0)
             raise UserError(
                 f"item {item!r} is not in the item files; {len(unknown):,} items with {unknown['events'].sum():,} "
                 "events are not",
-                file=path,
+                file=files[file],
                 line=line,
                 fix="complete the item files, or --unknown_items drop, or --unknown_items keep",
             )

@@ -38,7 +38,7 @@ def by_time(ordered: np.ndarray, valid_from: float, test_from: float) -> np.ndar
 def time_boundaries(buckets: list[Path], config: PrepareConfig) -> tuple[float, float]:
     """valid_from and test_from: given, or the timestamps that leave the wanted shares of all targets after them.
 
-    Targets are events with a history, as in MiniOneRec's 8:1:1. Holds 8 bytes an event.
+    Targets are events with a history, as in MiniOneRec's 8:1:1. Holds the time of every event, twice for a moment.
     """
     if config.valid_from is not None:
         return config.valid_from, config.test_from
@@ -46,7 +46,8 @@ def time_boundaries(buckets: list[Path], config: PrepareConfig) -> tuple[float, 
     for path in buckets:
         events = read_bucket(path)
         times.append(events["time"][positions(events) > 0])
-    times = np.sort(np.concatenate(times))
+    times = np.concatenate(times)
+    times.sort()
     if not len(times):
         raise UserError("no user has two events, so there is no target to split", fix="lower --user_core")
     first_valid = times[min(round(len(times) * (1 - config.valid_share - config.test_share)), len(times) - 1)]
@@ -60,14 +61,30 @@ def time_boundaries(buckets: list[Path], config: PrepareConfig) -> tuple[float, 
 
 
 def official(ordered: np.ndarray) -> np.ndarray:
-    """As the files say."""
-    return _with_a_history(ordered, ordered["split"].copy())
+    """As the files say; but what comes after a user's first validation or test event is nothing to learn from."""
+    held_out = ordered["split"] != TRAIN
+    before = np.cumsum(held_out) - held_out  # of all users
+    first = np.flatnonzero(positions(ordered) == 0)
+    starts = np.repeat(before[first], np.diff(np.r_[first, len(ordered)]))
+    split = ordered["split"].copy()
+    split[(split == TRAIN) & (before > starts)] = NONE
+    return _with_a_history(ordered, split)
 
 
 def _with_a_history(ordered: np.ndarray, split: np.ndarray) -> np.ndarray:
     """A user's first event cannot be recommended from a history: it is no target, and in test time nothing to learn."""
     split[(split != TRAIN) & (positions(ordered) == 0)] = NONE
     return split
+
+
+def refuse_empty(config: PrepareConfig, counts: dict[str, int]) -> None:
+    """A time or official split with an empty part is a mistake of units or dates, not a wish."""
+    if config.split != "leave-one-out" and (empty := [name for name in SPLITS[:3] if not counts.get(name)]):
+        raise UserError(
+            f"the {config.split} split leaves no event for {' and '.join(empty)}",
+            file=config.interactions[0],
+            fix="check --valid_from and --test_from (they are in the unit of the timestamps), or --split leave-one-out",
+        )
 
 
 def check(config: PrepareConfig, timed: bool, buckets: list[Path]) -> None:

@@ -45,8 +45,9 @@ def stage_events(batches: Iterable[pl.DataFrame], folder: Path, config: PrepareC
         batch.write_parquet(parts[-1], compression="lz4", statistics=False)
         seen += len(batch)
         timed += len(batch) - batch["timestamp"].null_count()
+    _check_behaviours(config, behaviours)
     if not seen:
-        _nothing_to_stage(config, behaviours)
+        raise UserError("no event was read", file=config.interactions[0], fix="check --format")
     if timed not in (0, seen):
         raise UserError(
             f"{seen - timed:,} of {seen:,} events have no timestamp, the others have one",
@@ -62,20 +63,24 @@ def stage_events(batches: Iterable[pl.DataFrame], folder: Path, config: PrepareC
 def _selected(batches: Iterable[pl.DataFrame], config: PrepareConfig, counts: dict[str, int]) -> Iterator[pl.DataFrame]:
     """Rename and filter behaviours; `counts` receives events by behaviour, negative for those left out."""
     for batch in batches:
-        batch = batch.select(list(EVENT_COLUMNS)).with_columns(pl.col("behaviour").replace(config.renamed))
+        for name in config.renamed.keys() & set(batch["behaviour"].unique()):
+            counts.setdefault(name, 0)  # it was there, under its old name
+        batch = batch.select("file", *EVENT_COLUMNS).with_columns(pl.col("behaviour").replace(config.renamed))
         for name, count in batch["behaviour"].value_counts().iter_rows():
             sign = -1 if config.behaviours and name not in config.behaviours else 1
             counts[name] = counts.get(name, 0) + sign * count
         yield batch.filter(pl.col("behaviour").is_in(config.behaviours)) if config.behaviours else batch
 
 
-def _nothing_to_stage(config: PrepareConfig, behaviours: dict[str, int]) -> None:
-    if behaviours:
-        raise UserError(
-            f"no event has one of the behaviours {config.behaviours}; the data has {sorted(behaviours)}",
-            fix="correct --behaviours",
-        )
-    raise UserError("no event was read", file=config.interactions[0], fix="check --format")
+def _check_behaviours(config: PrepareConfig, counts: dict[str, int]) -> None:
+    """A name in the settings that the data does not have is a slip of the pen, and would lose events unseen."""
+    for name in (*config.renamed, *config.behaviours):
+        if counts and name not in counts:
+            raise UserError(
+                f"no event has the behaviour {name!r}; the data has {', '.join(sorted(counts))}",
+                file=config.interactions[0],
+                fix="correct --behaviours and --rename",
+            )
 
 
 def _regrouped(batches: Iterable[pl.DataFrame], rows: int) -> Iterator[pl.DataFrame]:

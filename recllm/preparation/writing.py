@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recllm.catalogue import INTERACTION_COLUMNS, SPLIT_COLUMNS
-from recllm.files import digest, write_whole
+from recllm.files import digest
 from recllm.preparation.splitting import TRAIN, positions
 from recllm.preparation.staging import SPLITS, Staged, read_bucket
 
@@ -70,9 +70,8 @@ def write_events(
 
 
 def _writer(stack: ExitStack, path: Path, columns: dict[str, pl.DataType]) -> pq.ParquetWriter:
-    partial = stack.enter_context(write_whole(path))
     schema = pa.schema([(name, ARROW[kind]) for name, kind in columns.items()])
-    return stack.enter_context(pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=True))
+    return stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=True))
 
 
 def _count(written: Written, events: np.ndarray, split: np.ndarray, place: np.ndarray, staged: Staged) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from recllm.files import read_json, write_json, write_whole
+from recllm.files import read_object, write_json, write_whole
 from recllm.shop.floor import Floor, entropy_floor
 from recllm.shop.story import CHUNK, FUNNEL, walk
 from recllm.shop.texts import catalogue_items, review
@@ -72,9 +72,9 @@ def write(shop: Shop, folder: str | Path) -> None:
 
 
 def is_written(config: ShopConfig, folder: str | Path) -> bool:
-    """Does the folder hold this shop, whole? truth.json is written last."""
+    """Does the folder hold this shop? truth.json is written last; write a folder whole that held another."""
     truth = Path(folder) / "truth.json"
-    return truth.exists() and read_json(truth)["config"] == dataclasses.asdict(config)
+    return truth.exists() and read_object(truth).get("config") == dataclasses.asdict(config)
 
 
 def _write_lines(path: Path, rows) -> None:

@@ -120,8 +120,21 @@ def test_time_split_by_shares_and_by_dates(tmp_path):
 
 
 def test_official_splits_are_taken_as_they_are(tmp_path):
-    rows = [a_user("u", "a", "b", "c", splits=["train", "test", "valid"])]
-    assert made(tmp_path, rows, split="official").interactions["split"].to_list() == ["train", "test", "valid"]
+    rows = [a_user("u", "a", "b", "c", splits=["train", "valid", "test"])]
+    assert made(tmp_path, rows, split="official").interactions["split"].to_list() == ["train", "valid", "test"]
+
+
+def test_nothing_is_learnt_from_after_a_held_out_event(tmp_path):
+    parts = ["train", "train", "valid", "train", "test", "train"]
+    rows = [a_user("u", *"abcdef", splits=parts), a_user("v", "a", splits=["train"])]
+    split = made(tmp_path, rows, split="official").interactions["split"].to_list()
+    assert split == ["train", "train", "valid", "none", "test", "none", "train"]
+
+
+def test_the_history_is_as_long_as_was_set(tmp_path):
+    catalogue = made(tmp_path, [a_user("u", *"abcdef")], max_history=2)
+    assert catalogue.targets("test")["history"].to_list() == [["d", "e"]]
+    assert catalogue.targets("test", max_history=99)["history"].to_list() == [["a", "b", "c", "d", "e"]]
 
 
 def test_reviews_come_from_training_events_only_and_the_best_first(tmp_path):
@@ -210,8 +223,8 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path):
     for sign in (
         ".prepare-staging/part-*",
         ".prepare-staging/bucket-*",
-        ".interactions.parquet*",
-        "interactions.parquet",
+        ".prepare-staging/items.parquet",
+        "items.parquet",
     ):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command(killed_folder), **quiet)
@@ -219,7 +232,8 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path):
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
-        assert not (killed_folder / "catalogue.json").exists() or process.returncode == 0
+        if (killed_folder / "catalogue.json").exists():
+            Catalogue.load(killed_folder)  # whole, or it would be refused
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     subprocess.run(command(killed_folder), check=True, capture_output=True)
     assert killed >= 2
@@ -234,7 +248,17 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path):
     [
         ([a_user("u", "a", "b")], {"user_core": 3}, "no event is left of 2"),
         ([a_user("u", "a"), a_user("v", "b", timestamps=[1])], {}, "1 of 2 events have no timestamp"),
-        ([a_user("u", "a", "b")], {"behaviours": ["pay"]}, r"no event has one of the behaviours \['pay'\]"),
+        (
+            [a_user("u", "a", "b")],
+            {"behaviours": ["pay"]},
+            "no event has the behaviour 'pay'; the data has interaction",
+        ),
+        ([a_user("u", "a", "b")], {"rename": ["clik=view"]}, "no event has the behaviour 'clik'"),
+        (
+            [a_user("u", *"abc", timestamps=[1, 2, 3])],
+            {"split": "time", "valid_from": 5e3, "test_from": 6e3},
+            "no event for",
+        ),
         ([a_user("u", "a", "b")], {"split": "time"}, "a time split needs timestamps"),
         ([a_user("u", "a", "b")], {"split": "official"}, "do not say which of train/valid/test"),
         ([a_user("u", "a", "b", timestamps=[1, 1])], {"split": "time"}, "too coarse to split by shares"),
@@ -260,6 +284,76 @@ def test_unknown_items_are_refused_with_the_line_dropped_or_kept(tmp_path):
     assert dropped.report["dropped"]["unknown_items"] == {"policy": "drop", "items": 1, "events": 2}
     kept = made(tmp_path, rows, items, unknown_items="keep", overwrite=True)
     assert kept.items.select("item", "title").rows() == [("a", "A"), ("b", "B"), ("x", None)]
+
+
+def test_an_unknown_item_is_named_with_its_own_file(tmp_path):
+    first = write_log(tmp_path / "first.jsonl", [a_user("u", "a", "b")])
+    second = write_log(tmp_path / "second.jsonl", [a_user("v", "a"), a_user("w", "x")])
+    items = write_log(tmp_path / "items.jsonl", [{"item": "a"}, {"item": "b"}])
+    config = PrepareConfig(str(tmp_path / "o"), interactions=[first, second], items=[items], user_core=1, item_core=1)
+    with pytest.raises(UserError, match=r"second\.jsonl, line 2: item 'x'"):
+        prepare(config)
+
+
+def test_an_item_of_two_files_is_refused(tmp_path):
+    files = [write_log(tmp_path / name, [{"item": "a", "title": name}]) for name in ("x.jsonl", "y.jsonl")]
+    log = write_log(tmp_path / "log.jsonl", [a_user("u", "a")])
+    with pytest.raises(UserError, match="1 items stand in more than one of the item files, 'a' for one"):
+        prepare(PrepareConfig(str(tmp_path / "out"), interactions=[log], items=files, user_core=1, item_core=1))
+
+
+def test_raw_files_are_never_overwritten(tmp_path):
+    catalogue = made(tmp_path, [a_user("u", "a", "b")])
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    catalogue.interactions.select("user", "item").write_parquet(raw / "interactions.parquet")
+    before = content(raw)
+    with pytest.raises(UserError, match="would be overwritten by its own result"):
+        prepare(PrepareConfig(str(raw), "parquet", [str(raw / "interactions.parquet")], user_core=1, item_core=1))
+    log = write_log(tmp_path / "log2.jsonl", [a_user("u", "a", "b")])
+    with pytest.raises(UserError, match=r"was not made by prepare\.py"):
+        prepare(PrepareConfig(str(raw), interactions=[log], user_core=1, item_core=1))
+    assert content(raw) == before
+
+
+def test_a_failed_overwrite_leaves_what_was_there(tmp_path):
+    made(tmp_path, [a_user("u", "a", "b")])
+    before = content(tmp_path / "out")
+    with pytest.raises(UserError, match="no items"):
+        made(tmp_path, [a_user("u", "a"), a_user("v")], overwrite=True)
+    assert content(tmp_path / "out") == before
+
+
+def test_a_refused_shop_leaves_the_other_shop_alone(tmp_path):
+    settings = {"output": str(tmp_path / "shop"), "format": "shop", "shop_items": 100, "shop_users": 60}
+    prepare(PrepareConfig(**settings))
+    before = content(tmp_path / "shop" / "shop")
+    with pytest.raises(UserError, match="made from other files or with other settings"):
+        prepare(PrepareConfig(**settings, seed=1))
+    assert content(tmp_path / "shop" / "shop") == before
+    assert prepare(PrepareConfig(**settings, seed=1, overwrite=True)).report["users"] > 0
+    assert content(tmp_path / "shop" / "shop") != before
+
+
+@pytest.mark.parametrize("bad", ["a file", "below a file", "/proc/nothing"])
+def test_an_output_that_cannot_be_is_a_sentence(tmp_path, bad):
+    (tmp_path / "file").touch()
+    output = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "x"}.get(bad, bad)
+    with pytest.raises(UserError, match="cannot be written"):
+        made(tmp_path, [a_user("u", "a", "b")], output=str(output))
+
+
+def test_a_folder_in_place_of_a_file_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        prepare(PrepareConfig(str(tmp_path / "out"), interactions=[str(tmp_path)]))
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"files": 3}', "{", '{"files": {"none.parquet": "0"}}'])
+def test_a_damaged_report_is_a_sentence(tmp_path, content):
+    made(tmp_path, [a_user("u", "a", "b")])
+    (tmp_path / "out" / "catalogue.json").write_text(content)
+    with pytest.raises(UserError):
+        Catalogue.load(tmp_path / "out")
 
 
 def test_skipped_lines_are_counted_and_listed(tmp_path):
