@@ -5,7 +5,8 @@ would erase them. The embedding grows to a multiple of 64 rows (others are slow 
 on them elsewhere) and never shrinks: a Qwen3 has rows to spare.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ from recllm.errors import UserError
 from recllm.semantic_ids import SemanticIdTable
 
 ROWS_MULTIPLE = 64
+ITEMS_AT_ONCE = 4096  # whose text is tokenised together
 Initialisation = Literal["cluster", "mean", "random"]
 
 
@@ -28,6 +30,12 @@ def behaviour_token(behaviour: str) -> str:
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
     """Make each of `tokens` one token; their ids. Those that the tokenizer has already stay as they are."""
+    twice = [token for token, count in Counter(tokens).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{twice[0]!r} would stand for two things",
+            fix="rename the behaviour (--rename old=new in prepare.py) or choose another token pattern",
+        )
     special = [token for token in tokens if token in tokenizer.all_special_tokens]
     if special:
         raise UserError(
@@ -106,22 +114,20 @@ def initialise(
     fresh = torch.tensor(sorted({*new_ids, *range(len(tokenizer), model.get_input_embeddings().num_embeddings)}))
     if not len(fresh):
         return
-    shares = None
-    if method == "cluster":
-        if item_tokens is None or not texts:
-            raise UserError("cluster initialisation needs items with text", fix="--initialise mean")
-        shares = cluster_shares(tokenizer, item_tokens, texts)
-    for matrix in _matrices(model):
+    matrices = _matrices(model)
+    means = cluster_means(matrices, tokenizer, item_tokens, texts) if method == "cluster" else None
+    for number, matrix in enumerate(matrices):
         trained = torch.ones(len(matrix), dtype=torch.bool)
         trained[fresh] = False
         old = matrix[trained].float()
         noise = torch.randn(len(fresh), matrix.size(1), generator=torch.Generator().manual_seed(seed))
         scale = 1.0 if method == "random" else 0.01
         rows = old.mean(0) + scale * old.std(0) * noise
-        if shares is not None:
-            ids, weights = shares  # (M,), (M, rows) sparse
-            means = torch.sparse.mm(weights, matrix[: weights.size(1)].float())
-            rows[torch.searchsorted(fresh, ids)] += means - old.mean(0)
+        if means is not None:
+            ids, of_matrix = means
+            place = torch.searchsorted(fresh, ids)
+            assert torch.equal(fresh[place], ids), "a code's token is not among the new ones"
+            rows[place] += of_matrix[number] - old.mean(0)
         matrix[fresh] = rows.to(matrix.dtype)
 
 
@@ -133,44 +139,32 @@ def _matrices(model: PreTrainedModel) -> list[Tensor]:
     return [embedding.weight] if tied else [embedding.weight, head.weight]
 
 
-def cluster_shares(
-    tokenizer: PreTrainedTokenizerBase, item_tokens: ItemTokens, texts: dict[str, str]
-) -> tuple[Tensor, Tensor]:
-    """(ids (M,), weights (M, V) sparse): code token m's row is `weights[m] @ embedding`; each row of weights sums to 1.
+def cluster_means(
+    matrices: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase, item_tokens: ItemTokens, texts: dict[str, str]
+) -> tuple[Tensor, list[Tensor]]:
+    """Ids of the code tokens that an item with text carries (M,), and for each (V, D) matrix their mean rows (M, D).
 
-    weights[m, v] = mean over the items i with that code of (share of token v in the text of i).
+    row(code) = mean over the items i with that code at that level of (mean over the text tokens t of i of matrix[t])
     """
     table = item_tokens.table
     rows = [row for row, item in enumerate(table.items) if texts.get(item, "").strip()]
-    encoded = _encode([texts[table.items[row]] for row in rows], tokenizer)
-    lengths = torch.tensor([len(ids) for ids in encoded])
-    token = torch.tensor([id for ids in encoded for id in ids])  # (T,) of all items
-    owner = torch.repeat_interleave(torch.arange(len(rows)), lengths)
-    codes = torch.as_tensor(table.codes[rows]).long()  # (N', L)
-    ids, starts, members = [], [], []
-    for level, level_ids in enumerate(item_tokens.levels):
-        count = torch.bincount(codes[:, level][codes[:, level] >= 0], minlength=len(level_ids))
-        used = torch.nonzero(count).squeeze(1)
-        place = torch.full((len(level_ids),), -1)
-        place[used] = torch.arange(len(used)) + sum(map(len, ids))
-        ids.append(level_ids[used])
-        members.append(count[used])
-        starts.append(place[codes[:, level]].where(codes[:, level] >= 0, torch.tensor(-1)))
-    members, width = torch.cat(members), len(tokenizer)
-    indices, values = [], []
-    for row_of_item in starts:  # one level: every text token of an item counts for its code there
-        row = row_of_item[owner]
-        share = 1.0 / lengths[owner] / members[row.clamp(min=0)]
-        indices.append(torch.stack([row, token])[:, row >= 0])
-        values.append(share[row >= 0])
-    shape = (len(members), width)
-    weights = torch.sparse_coo_tensor(
-        torch.cat(indices, 1), torch.cat(values).float(), shape, check_invariants=True
-    ).coalesce()
-    ids = torch.cat(ids)
-    order = torch.argsort(ids)
-    return ids[order], weights.index_select(0, order)
-
-
-def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return [ids or [tokenizer.eos_token_id] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    first = [sum(map(len, item_tokens.levels[:level])) for level in range(table.levels)]
+    ids = torch.cat(item_tokens.levels)
+    sums = [torch.zeros(len(ids), matrix.size(1)) for matrix in matrices]
+    count = torch.zeros(len(ids))
+    for start in range(0, len(rows), ITEMS_AT_ONCE):
+        some = rows[start : start + ITEMS_AT_ONCE]
+        encoded = tokenizer([texts[table.items[row]] for row in some], add_special_tokens=False)["input_ids"]
+        flat = torch.tensor([id for ids in encoded for id in ids])
+        offsets = torch.tensor([0, *map(len, encoded[:-1])]).cumsum(0)
+        item_means = [nn.functional.embedding_bag(flat, matrix, offsets, mode="mean").float() for matrix in matrices]
+        codes = torch.as_tensor(table.codes[some]).long()  # (n, L)
+        for level in range(table.levels):
+            has = codes[:, level] >= 0
+            place = first[level] + codes[has, level]
+            count.index_add_(0, place, torch.ones(len(place)))
+            for total, of_items in zip(sums, item_means):
+                total.index_add_(0, place, of_items[has])
+    used = count.nonzero().squeeze(1)
+    used = used[ids[used].argsort()]
+    return ids[used], [total[used] / count[used, None] for total in sums]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from recllm.errors import UserError
 from recllm.models.tiny import tiny_model, tiny_tokenizer
 from recllm.semantic_ids import SemanticIdTable
-from recllm.tokenization import ItemTokens, add_tokens, behaviour_token, cluster_shares, initialise, resize
+from recllm.tokenization import ItemTokens, add_tokens, behaviour_token, cluster_means, initialise, resize
 
 TEXTS = {"cup": "a blue cup", "mug": "a red mug", "pan": "an iron pan"}
 QWEN3 = Path(os.environ.get("RECLLM_DATA", "nowhere")) / "qwen3-tokenizer"
@@ -71,6 +71,13 @@ def test_a_tokenizer_without_the_index_is_refused(tokenizer):
         ItemTokens.of(tokenizer, table())
 
 
+def test_one_token_for_two_things_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"'<\|a_1\|>' would stand for two things"):
+        add_tokens(tokenizer, [*table().all_tokens(), behaviour_token("a_1")])
+    with pytest.raises(UserError, match="would stand for two things"):
+        add_tokens(tokenizer, [behaviour_token("add to cart"), behaviour_token("add_to_cart")])
+
+
 def test_a_behaviour_that_is_a_chat_marker_is_refused(tokenizer):
     with pytest.raises(UserError, match="is a special token"):
         add_tokens(tokenizer, [behaviour_token("im_end")])
@@ -124,13 +131,23 @@ def test_a_cluster_row_is_the_mean_of_its_members_texts(tokenizer, model):
     assert (a_2 - weight[: min(new)].mean(0)).norm() < noise
 
 
-def test_cluster_shares_sum_to_one_and_name_used_codes_only(tokenizer):
+@pytest.mark.parametrize("at_once", [1, 2, 4096])
+def test_cluster_means_name_used_codes_only_however_many_items_at_once(tokenizer, monkeypatch, at_once):
+    monkeypatch.setattr("recllm.tokenization.ITEMS_AT_ONCE", at_once)
     add_tokens(tokenizer, table().all_tokens())
     items = ItemTokens.of(tokenizer, table())
-    ids, weights = cluster_shares(tokenizer, items, TEXTS)
+    one_for_each = torch.eye(len(tokenizer))
+    ids, [rows] = cluster_means([one_for_each], tokenizer, items, TEXTS)
     used = [items.levels[0][0], items.levels[0][3], items.levels[1][1], items.levels[1][2], items.levels[2][0]]
-    assert sorted(ids.tolist()) == sorted(map(int, used))
-    torch.testing.assert_close(weights.to_dense().sum(1), torch.ones(len(ids)))
+    assert ids.tolist() == sorted(map(int, used))
+    torch.testing.assert_close(rows.sum(1), torch.ones(len(ids)))  # shares of text tokens
+    a_0 = rows[ids.tolist().index(int(items.levels[0][0]))]
+    cup, mug = (tokenizer(TEXTS[item], add_special_tokens=False)["input_ids"] for item in ("cup", "mug"))
+    expected = torch.zeros(len(tokenizer))
+    for text in (cup, mug):
+        for id in text:
+            expected[id] += 1 / len(text) / 2
+    torch.testing.assert_close(a_0, expected)
 
 
 def test_plain_auto_classes_load_the_same_ids_and_logits(tmp_path, tokenizer, model):

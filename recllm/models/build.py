@@ -8,16 +8,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from recllm.catalogue import Catalogue
 from recllm.errors import UserError
-from recllm.files import digest, read_json, write_folder_whole, write_json
+from recllm.files import digest, read_object, restore_folder, write_folder_whole, write_json
 from recllm.launch import console
 from recllm.models.tiny import tiny_model, tiny_tokenizer
+from recllm.pretrained import load_causal_lm, which_model
 from recllm.semantic_ids import SemanticIdTable
-from recllm.text import TEXT_COLUMNS, fuse
+from recllm.text import TEXT_COLUMNS, check_columns, fuse
 from recllm.tokenization import Initialisation, ItemTokens, add_tokens, behaviour_token, initialise, resize
 
 TINY = "tiny"
@@ -63,15 +64,20 @@ def build_model(config: BuildModelConfig) -> Path:
     table = SemanticIdTable.load(
         config.semantic_ids or data / "semantic_ids.json", expect_items_fingerprint=catalogue.items_fingerprint
     )
+    check_columns(catalogue, config.text_columns)
     texts = {
         row["item"]: text
         for row in catalogue.items.iter_rows(named=True)
         if (text := fuse(row, config.text_columns, max_words=TEXT_WORDS))
     }
     settings = {name: value for name, value in vars(config).items() if name not in ("data", "output", "overwrite")}
-    made_of = digest(table.fingerprint, catalogue.fingerprint, repr(settings))
+    base = TINY if config.model == TINY else which_model(config.model)
+    made_of = digest(table.fingerprint, catalogue.fingerprint, repr(settings), base)
+    restore_folder(output)
+    if output.exists() and not output.is_dir():
+        raise UserError("is a file, and a folder is to be written", file=output, fix="another --output")
     if (output / "recllm.json").exists() and not config.overwrite:
-        if read_json(output / "recllm.json").get("made_of") == made_of:
+        if read_object(output / "recllm.json").get("made_of") == made_of:
             console.print(f"{output} is made already, from the same index with the same settings.")
             return output
         raise UserError("the folder holds another checkpoint", file=output, fix="another --output, or --overwrite")
@@ -80,6 +86,12 @@ def build_model(config: BuildModelConfig) -> Path:
         raise UserError("the folder holds files that are no checkpoint of ours", file=output, fix="another --output")
 
     model, tokenizer = base_model(config, list(texts.values()))
+    if table.token(0, 0) in tokenizer.get_vocab():
+        raise UserError(
+            "the model holds item tokens already, and they would lose what they learnt",
+            file=config.model,
+            fix="use it as it is, or start from the model it was made from",
+        )
     behaviours = [behaviour_token(behaviour) for behaviour in catalogue.behaviours]
     before = len(tokenizer)
     ids = add_tokens(tokenizer, [*table.all_tokens(), *behaviours, *config.extra_tokens])
@@ -118,12 +130,4 @@ def base_model(config: BuildModelConfig, texts: list[str]) -> tuple[PreTrainedMo
         tokenizer = tiny_tokenizer(texts, config.tiny_vocabulary)
         model = tiny_model(len(tokenizer), config.tiny_width, config.tiny_layers, config.seed)
         return model.to(DTYPES[config.dtype]), tokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-        return AutoModelForCausalLM.from_pretrained(config.model, dtype=DTYPES[config.dtype]), tokenizer
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the model cannot be loaded: {str(error).splitlines()[0]}",
-            file=config.model,
-            fix="give a folder or a Hub name of a causal LM, or --model tiny",
-        ) from None
+    return load_causal_lm(config.model, DTYPES[config.dtype])

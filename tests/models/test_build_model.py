@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from helpers import write_catalogue
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recllm.errors import UserError
 from recllm.models.build import BuildModelConfig, build_model
+from recllm.models.tiny import tiny_model, tiny_tokenizer
 from recllm.semantic_ids import SemanticIdTable
 from recllm.tokenization import ItemTokens
 
@@ -56,10 +59,50 @@ def test_one_seed_gives_the_same_bytes_and_another_gives_others(data, tmp_path):
     assert other["model.safetensors"] != first["model.safetensors"]
 
 
-def test_a_saved_model_is_a_base_like_any_other(data, tmp_path):
-    base = make(data, tmp_path)
-    folder = make(data, tmp_path, model=str(base), output=str(tmp_path / "second"))
-    assert len(AutoTokenizer.from_pretrained(folder)) == len(AutoTokenizer.from_pretrained(base))
+def save_base(folder):
+    """A model as others publish it: weights and tokenizer, no item tokens."""
+    tokenizer = tiny_tokenizer([str(item) for item in ITEMS], vocabulary=400)
+    tiny_model(len(tokenizer), width=64, layers=1, seed=7).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_published_model_keeps_its_rows_and_a_changed_one_is_made_again(data, tmp_path):
+    base = save_base(tmp_path / "base")
+    folder = make(data, tmp_path, model=str(base))
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (base, folder))
+    rows = len(before.get_input_embeddings().weight)
+    assert torch.equal(after.get_input_embeddings().weight[:rows], before.get_input_embeddings().weight)
+    assert torch.equal(after.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
+    with torch.no_grad():
+        before.model.layers[0].mlp.up_proj.weight += 1
+    before.save_pretrained(base)
+    with pytest.raises(UserError, match="holds another checkpoint"):
+        make(data, tmp_path, model=str(base))
+
+
+def test_a_model_that_holds_item_tokens_is_no_base(data, tmp_path):
+    made = make(data, tmp_path)
+    with pytest.raises(UserError, match="holds item tokens already"):
+        make(data, tmp_path, model=str(made), output=str(tmp_path / "second"))
+
+
+@pytest.mark.parametrize("harm", ["no tokenizer", "weights missing", "truncated"])
+def test_a_broken_base_is_a_sentence(data, tmp_path, harm):
+    base = save_base(tmp_path / "base")
+    weights = base / "model.safetensors"
+    if harm == "no tokenizer":
+        for path in base.glob("*token*"):
+            path.unlink()
+    elif harm == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        tensors = load_file(weights)
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError):
+        make(data, tmp_path, model=str(base))
+    assert not (tmp_path / "model").exists()
 
 
 def test_again_leaves_it_and_other_settings_need_overwrite(data, tmp_path):
@@ -87,6 +130,8 @@ def test_a_catalogue_without_text_falls_back_to_the_mean(tmp_path):
         ({"dtype": "float8"}, "is not one of float32"),
         ({"tiny_width": 100}, "multiple of 64"),
         ({"data": "nowhere"}, "does not exist"),
+        ({"text_columns": ["titel"]}, "titel"),
+        ({"output": "/proc/nothing"}, "cannot be written"),
     ],
 )
 def test_bad_settings_are_a_sentence(data, tmp_path, settings, sentence, monkeypatch):
