@@ -58,5 +58,5 @@ bench: .venv/dev.stamp  ## every benchmark of docs/, one after the other (about 
 	@$(BIN)/python benchmarks/prepare.py --output runs/bench/prepare.json
 	@$(BIN)/python benchmarks/semantic_ids.py --output runs/bench/semantic_ids.json
 
-clean:  ## remove .venv and runs
-	@rm -rf .venv runs
+clean:  ## remove .venv and what demo and bench made (not your own runs)
+	@rm -rf .venv runs/demo runs/bench

@@ -37,11 +37,15 @@ class DemoConfig:
     seed: int = field(default=0, metadata={"help": "Of everything."})
 
     def __post_init__(self):
-        if self.items < 50 or self.users < 50:
-            raise UserError(f"a shop of {self.items} items and {self.users} users is too small to show anything")
+        if self.items < 60 or self.users < 50:
+            raise UserError(
+                f"a shop of {self.items} items and {self.users} users is too small to show anything",
+                fix="--items 60 and --users 50 or more",
+            )
 
 
 def demo(config: DemoConfig) -> None:
+    """Run the stages on the shop, and print what each made."""
     data, model = Path(config.output), Path(config.output) / "model"
     with stage("1/4  prepare: the shop's log and catalogue, first events of each user and item, leave-one-out"):
         catalogue = prepare(
