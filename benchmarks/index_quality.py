@@ -4,8 +4,8 @@
         --items $RECLLM_DATA/office2014/items.jsonl.gz --output runs/office2014
     python benchmarks/index_quality.py --data runs/office2014
 
-Titles alone, fused text, who consumed what next to what, and both; RQ-KMeans, before collisions are resolved; mean and
-standard deviation over seeds. Prints the rows of docs/semantic_ids.md.
+Titles alone, fused text, who consumed what next to what, and both, by RQ-KMeans; both by balanced k-means. Before
+collisions are resolved; mean and standard deviation over seeds. Prints the rows of docs/semantic_ids.md.
 """
 
 import statistics
@@ -31,17 +31,20 @@ class QualityConfig:
     output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
 
 
-def variants(config: QualityConfig) -> dict[str, dict]:
+def variants(config: QualityConfig) -> dict[str, tuple[dict, str]]:
+    """What is embedded, and how it is quantised."""
     fused = {"text": "fused", "text_columns": config.text_columns}
+    both = fused | {"collaborative_weight": 0.5}
     return {
-        "titles alone": {"text": config.title, "collaborative_weight": 0.0},
-        "fused text": fused | {"collaborative_weight": 0.0},
-        "collaborative": {"encoder": "collaborative"},
-        "fused text and collaborative": fused | {"collaborative_weight": 0.5},
+        "titles alone": ({"text": config.title, "collaborative_weight": 0.0}, "rqkmeans"),
+        "fused text": (fused | {"collaborative_weight": 0.0}, "rqkmeans"),
+        "collaborative": ({"encoder": "collaborative"}, "rqkmeans"),
+        "fused text and collaborative": (both, "rqkmeans"),
+        "the same, balanced k-means": (both, "balanced"),
     }
 
 
-def figures(config: QualityConfig, settings: dict, seed: int) -> dict[str, float]:
+def figures(config: QualityConfig, settings: dict, method: str, seed: int) -> dict[str, float]:
     """One index, built in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "embeddings.safetensors")
@@ -54,6 +57,7 @@ def figures(config: QualityConfig, settings: dict, seed: int) -> dict[str, float
                 levels=config.levels,
                 codes=config.codes,
                 seed=seed,
+                method=method,
             )
         )
     report = table.report
@@ -71,7 +75,7 @@ def figures(config: QualityConfig, settings: dict, seed: int) -> dict[str, float
 
 def main(config: QualityConfig) -> None:
     made = {
-        name: [figures(config, settings, seed) for seed in config.seeds] for name, settings in variants(config).items()
+        name: [figures(config, *variant, seed) for seed in config.seeds] for name, variant in variants(config).items()
     }
     print(
         "| embedded | colliding items | distinct before | largest bucket | relative error | same label, 1 / 2 codes |"

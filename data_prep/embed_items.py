@@ -7,6 +7,7 @@ python data_prep/embed_items.py --data data/shop --encoder hf --model Qwen/Qwen3
 accelerate launch data_prep/embed_items.py --data data/shop --encoder hf --model Qwen/Qwen3-4B-Instruct-2507
 
 Interrupted, the same command goes on where it stopped; once the file is there, it returns at once.
+A file made in another way or from other data is replaced only with --overwrite.
 """
 
 import os

@@ -6,6 +6,7 @@ python data_prep/rewrite_text.py --data data/shop --teacher openai --teacher_mod
 python data_prep/rewrite_text.py --data data/shop --teacher vllm --teacher_model MODEL
 
 What is written is kept in FOLDER/texts.cache.jsonl: interrupted, the same command goes on where it stopped.
+Texts made in another way or from other data are replaced only with --overwrite, which leaves the answers kept there.
 """
 
 from recllm import launch

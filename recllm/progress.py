@@ -40,7 +40,13 @@ def _log_lines(what: str, total: int, done: int) -> Callable[[int], None]:
         now_done += n
         if (now := time.monotonic()) - last >= EVERY:
             last, rate = now, (now_done - done) / (now - start)
-            left = time.strftime("%H:%M:%S", time.gmtime((total - now_done) / rate))
+            left = clock((total - now_done) / rate)
             console.print(f"{what} {now_done:,}/{total:,}, {rate:,.1f}/s, {left} left", highlight=False)
 
     return advance
+
+
+def clock(seconds: float) -> str:
+    """hours:minutes:seconds; days are hours too."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"

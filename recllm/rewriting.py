@@ -13,10 +13,21 @@ import polars as pl
 
 from recllm.catalogue import Catalogue
 from recllm.errors import UserError
-from recllm.files import write_whole
+from recllm.files import digest
 from recllm.launch import console
 from recllm.teacher import Request, TeacherConfig, cached_write, estimate
-from recllm.text import MAX_REVIEWS, TEXT_COLUMNS, TEXTS_FILE, check_columns, clean, fuse, label, limit_words, plain
+from recllm.text import (
+    TEXT_COLUMNS,
+    TEXTS_FILE,
+    check_columns,
+    clean,
+    fuse,
+    label,
+    limit_words,
+    plain,
+    read_texts,
+    write_texts,
+)
 
 CACHE_FILE = "texts.cache.jsonl"
 
@@ -36,7 +47,9 @@ _OPINIONS = """
     smells tastes sounds lasts"""
 OPINIONS = frozenset(_OPINIONS.split())
 _SENTENCE = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])")
-_THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)  # what a reasoning model says to itself first
+# What a reasoning model says to itself: closed; opened by the chat template and closed; or never closed.
+_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+_REST_OF_THOUGHT = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)
 
 
 @dataclass
@@ -46,6 +59,9 @@ class RewriteConfig:
         default_factory=lambda: list(TEXT_COLUMNS), metadata={"help": "Columns of items.parquet that the teacher sees."}
     )
     max_words: int = field(default=400, metadata={"help": "Of an item's notes; longer ones are cut."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace texts made in another way or from other data; the cache stays."}
+    )
 
     def __post_init__(self):
         if self.max_words < 1:
@@ -57,7 +73,10 @@ class RewriteConfig:
 
 
 def rewrite(config: RewriteConfig, teacher: TeacherConfig) -> pl.DataFrame | None:
-    """Write FOLDER/texts.parquet (item, text), every item in order; None if only the estimate was wanted."""
+    """Write FOLDER/texts.parquet (item, text), every item in order; None if only the estimate was wanted.
+
+    What is there, made in the same way from the same data, stays; where answers were missing, they are asked again.
+    """
     catalogue = Catalogue.load(config.data)
     check_columns(catalogue, config.text_columns)
     rows = list(catalogue.items.iter_rows(named=True))
@@ -71,23 +90,40 @@ def rewrite(config: RewriteConfig, teacher: TeacherConfig) -> pl.DataFrame | Non
         )
     cache = catalogue.folder / CACHE_FILE
     writer = teacher.make()
-    expected = estimate(writer, asked, cache, teacher.input_price, teacher.output_price, teacher.concurrency)
+    made_of = digest(*(writer.cache_key(request) for request in asked))
+    if not teacher.estimate_only and (table := _there(config, catalogue, made_of)) is not None:
+        console.print(f"{config.path} is there, made with these settings from this data", soft_wrap=True)
+        return table
+    prices = teacher.input_price, teacher.output_price
+    expected = estimate(writer, asked, cache, *prices, teacher.concurrency, read_answer)
     how = "from templates" if teacher.teacher == "offline" else f"by {teacher.teacher_model}: {expected}"
     console.print(f"rewriting {len(rows):,} items {how}", highlight=False, soft_wrap=True)
     if teacher.estimate_only:
         return None
-    answers = dict(zip((request.key for request in asked), cached_write(writer, asked, cache, "rewriting")))
-    table = pl.DataFrame(
-        {
-            "item": catalogue.item_ids,
-            "text": [_accepted(answers[request.key], request) if request else "" for request in requests],
-        }
-    )
-    if silent := sum(not read_answer(answer) for answer in answers.values()):
-        console.print(f"{silent:,} answers were empty: the offline text stands in; run again to ask again")
-    with write_whole(config.path) as partial:
-        table.write_parquet(partial)
-    return table
+    written = cached_write(writer, asked, cache, "rewriting", read_answer)
+    answers = dict(zip((request.key for request in asked), written))
+    texts = [answers[request.key] or request.offline if request else "" for request in requests]
+    if silent := sum(not answer for answer in written):
+        said = f"{silent:,} answers were empty or cut off: the offline text stands in; run again to ask again"
+        console.print(f"{said} (a larger --max_tokens leaves room for thoughts)", soft_wrap=True)
+    return write_texts(catalogue, texts, made_of=made_of, stand_ins=str(silent))
+
+
+def _there(config: RewriteConfig, catalogue: Catalogue, made_of: str) -> pl.DataFrame | None:
+    """The texts that would be written, if they are there and complete. Others are not replaced unasked."""
+    if config.overwrite or not config.path.exists():
+        return None
+    fix = f"--overwrite (the answers stay in {CACHE_FILE})"
+    try:
+        table, about = read_texts(config.path)
+    except UserError as error:
+        raise UserError(f"the file is there already: {error.problem}", file=config.path, fix=fix) from None
+    if about.get("catalogue_fingerprint") != catalogue.fingerprint:
+        problem = "holds texts made from other data: the catalogue's items, text, events or split have changed"
+        raise UserError(problem, file=config.path, fix=fix)
+    if about.get("made_of") != made_of:
+        raise UserError("holds texts made in another way", file=config.path, fix=fix)
+    return table if about.get("stand_ins") == "0" else None
 
 
 def rewrite_request(row: Mapping, columns: Sequence[str] = TEXT_COLUMNS, max_words: int = 400) -> Request | None:
@@ -101,12 +137,8 @@ def rewrite_request(row: Mapping, columns: Sequence[str] = TEXT_COLUMNS, max_wor
 
 def read_answer(answer: str) -> str:
     """The description alone: without a reasoning model's thoughts, quotation marks or code fences."""
-    text = clean(_THOUGHT.sub("", answer))
+    text = clean(_REST_OF_THOUGHT.sub("", _THOUGHT.sub("", answer)))
     return text.strip("`\"“”' ")
-
-
-def _accepted(answer: str, request: Request) -> str:
-    return read_answer(answer) or request.offline
 
 
 def describe(row: Mapping, columns: Sequence[str] = TEXT_COLUMNS) -> str:
@@ -128,7 +160,7 @@ def describe(row: Mapping, columns: Sequence[str] = TEXT_COLUMNS) -> str:
 def impressions(reviews: Sequence[str], keep: int = 3) -> list[str]:
     """The sentences of the reviews (best first) that hold an opinion: at most one a review, the most opinionated."""
     chosen = []
-    for review in reviews[:MAX_REVIEWS]:
+    for review in reviews:
         counted = []
         for place, sentence in enumerate(_sentences(clean(review))):
             words = re.findall(r"\w+", sentence.lower())

@@ -57,6 +57,10 @@ def test_a_request_holds_the_notes_and_an_unknown_item_has_none():
         ('"A light\nhose."', "A light hose."),
         ("```\nA light hose.\n```", "A light hose."),
         ("<think>only thoughts</think>", ""),
+        ("<think>a</think>\n<think>b</think>A hose.", "A hose."),
+        ("opened by the chat template</think>A hose.", "A hose."),
+        ("<think>hm, a hose, it is", ""),
+        ("<think>a</think><think>and then", ""),
     ],
 )
 def test_read_answer(answer, expected):
@@ -73,6 +77,30 @@ def test_rewrite_writes_every_item_in_order_and_again_the_same_bytes(tmp_path):
     config.path.unlink()
     rewrite(config, TeacherConfig())
     assert config.path.read_bytes() == first
+
+
+def test_what_is_there_stays_and_something_else_is_not_replaced_unasked(tmp_path):
+    write_catalogue(tmp_path, [HOSE, "a"], {"u": ["a"]})
+    config, path = RewriteConfig(str(tmp_path)), tmp_path / "texts.parquet"
+    first = rewrite(config, TeacherConfig())
+    written = path.stat().st_mtime_ns
+    assert rewrite(config, TeacherConfig()).equals(first)
+    assert path.stat().st_mtime_ns == written
+
+    changed = {"text_columns": ["title", "brand"]}
+    with pytest.raises(UserError, match=r"holds texts made in another way\. Fix: --overwrite \(.*cache"):
+        rewrite(RewriteConfig(str(tmp_path), **changed), TeacherConfig())
+    again = rewrite(RewriteConfig(str(tmp_path), **changed, overwrite=True), TeacherConfig())
+    assert again["text"].to_list() == ["Garden Hose 50 ft by Acme.", ""]
+
+    write_catalogue(tmp_path, [HOSE, "a"], {"u": ["a", "h", "a"]})
+    with pytest.raises(UserError, match=r"holds texts made from other data.*--overwrite"):
+        rewrite(RewriteConfig(str(tmp_path), **changed), TeacherConfig())
+    path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"is there already: not a readable parquet file.*--overwrite"):
+        rewrite(config, TeacherConfig())
+    assert path.read_bytes() == b"damaged"
+    assert rewrite(RewriteConfig(str(tmp_path), overwrite=True), TeacherConfig()).equals(first)
 
 
 def test_estimate_only_writes_nothing(tmp_path):

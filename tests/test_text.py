@@ -1,3 +1,8 @@
+import html
+import math
+import re
+import unicodedata
+
 import polars as pl
 import pytest
 from helpers import write_catalogue
@@ -5,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recllm.errors import UserError
-from recllm.text import best_reviews, clean, fuse, item_texts, limit_words, review_score
+from recllm.text import best_reviews, clean, fuse, item_texts, limit_words, review_score, write_texts
 
 PLAIN = "The hose is light, it never kinks and the brass ends have held for two years in my garden."
 
@@ -30,6 +35,48 @@ def test_clean(dirty, expected):
 def test_clean_text_is_one_trimmed_line(text):
     assert clean(text) == " ".join(clean(text).split())
     assert clean(text).isprintable()
+
+
+def slowly_cleaned(text: str) -> str:
+    """The steps of `clean` without its short cuts."""
+    text = re.sub(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->", " ", html.unescape(text), flags=re.DOTALL | re.IGNORECASE)
+    text = unicodedata.normalize("NFC", html.unescape(re.sub(r"<[a-zA-Z/!][^<>]*>", " ", text)))
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def slowly_scored(text: str, helpful: int) -> float:
+    """The formula of `review_score`, letter by letter."""
+    text = slowly_cleaned(text)
+    if not (letters := sum(c.isalpha() for c in text)):
+        return 0.0
+    words = text.lower().split()
+    language = min(1.0, letters / sum(len(word) for word in text.split()) / 0.8)
+    language *= 1.0 if len(words) < 8 else min(1.0, len(set(words)) / len(words) / 0.5)
+    language *= 0.5 if re.search(r"https?://\S|www\.\S", text) else 1.0
+    language *= 0.5 if len(words) > 3 and sum(c.isupper() for c in text) > 0.6 * letters else 1.0
+    return language * (1 - math.exp(-len(text) / 6 / 30) + math.log2(1 + helpful))
+
+
+PIECES = [
+    "<b>",
+    "</b>",
+    "<!-- x -->",
+    "<script>",
+    "</script>",
+    "&amp;lt;",
+    "&nbsp;",
+    "www.a",
+    "http://b",
+    "ÄÖ",
+    "²",
+    "\x85",
+]
+
+
+@given(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8)), max_size=12).map("".join), st.integers(0, 50))
+def test_the_short_cuts_change_nothing(text, helpful):
+    assert clean(text) == slowly_cleaned(text)
+    assert review_score(text, helpful) == pytest.approx(slowly_scored(text, helpful))
 
 
 def test_limit_words():
@@ -63,6 +110,8 @@ def test_fuse_says_what_the_row_has_and_skips_what_it_lacks():
     assert fuse(row | {"tags": ["a", "b"]}, ["tags", "title"]) == "Tags: a, b\nHose"
     assert fuse(row, max_words=3) == "Hose Categories: Garden,"
     assert fuse({"item": "i"}) == ""
+    nine = {"item": "i", "reviews": [f"Review {number}" for number in range(9)]}  # all that preparation kept
+    assert fuse(nine) == "Reviews: " + " / ".join(nine["reviews"])
 
 
 def test_texts_of_a_catalogue(tmp_path):
@@ -79,8 +128,26 @@ def test_texts_of_a_catalogue(tmp_path):
     with pytest.raises(UserError, match=r"no item has any text \(description\).*collaborative needs no text"):
         item_texts(catalogue, "description")
 
-    pl.DataFrame({"item": ["a", "b", "c"], "text": ["A cup.", "", ""]}).write_parquet(tmp_path / "texts.parquet")
+    write_texts(catalogue, ["A cup.", "", ""])
     assert item_texts(catalogue, "rewritten") == ["Red cup\nA cup.", "Acme", ""]
-    pl.DataFrame({"item": ["b", "a", "c"], "text": ["", "", ""]}).write_parquet(tmp_path / "texts.parquet")
-    with pytest.raises(UserError, match="written for other items"):
+
+
+@pytest.mark.parametrize("change", ["items", "text", "split"])
+def test_rewritten_texts_of_other_data_are_refused(tmp_path, change):
+    """A text of another split may hold the review of what is now a test event."""
+    items, sequences = ["a", "b", "c"], {"u": ["a", "b", "c"]}
+    write_texts(write_catalogue(tmp_path, items, sequences), ["A cup.", "", ""])
+    if change == "items":
+        items = items[::-1]
+    if change == "text":
+        items[0] = {"item": "a", "title": "Red cup"}
+    catalogue = write_catalogue(tmp_path, items, sequences, split="train" if change == "split" else "leave-one-out")
+    with pytest.raises(UserError, match=r"texts\.parquet: written from other data.*rewrite_text\.py with --overwrite"):
+        item_texts(catalogue, "rewritten")
+
+
+def test_texts_that_do_not_say_of_which_data_they_are_are_refused(tmp_path):
+    catalogue = write_catalogue(tmp_path, "ab", {"u": "ab"})
+    pl.DataFrame({"item": ["a", "b"], "text": ["", "x"]}).write_parquet(tmp_path / "texts.parquet")
+    with pytest.raises(UserError, match="written from other data"):
         item_texts(catalogue, "rewritten")

@@ -24,12 +24,14 @@ class Embeddings:
 
     encoder    what made the vectors, settings included, to be read by people and compared by programs
     text_hash  of the texts it read, in the items' order
+    catalogue_fingerprint  of all the data they were made from: items, texts, events and split
     """
 
     items: tuple[str, ...]
     matrix: torch.Tensor
     encoder: str
     text_hash: str
+    catalogue_fingerprint: str = ""
 
     def __post_init__(self):
         if self.matrix.dim() != 2 or len(self.matrix) != len(self.items):
@@ -59,34 +61,55 @@ class Embeddings:
             "encoder": self.encoder,
             "text_hash": self.text_hash,
             "items_fingerprint": self.items_fingerprint,
+            "catalogue_fingerprint": self.catalogue_fingerprint,
         }
-        with write_whole(path) as partial:  # one key: safetensors writes several in an order that changes by run
-            save_file(tensors, partial, metadata={"recllm": json.dumps(about, sort_keys=True)})
+        write_tensors(path, tensors, about)
 
     @classmethod
-    def load(cls, path: str | Path, expect_items_fingerprint: str | None = None) -> "Embeddings":
-        """Refuses a file that is not ours, is damaged, or belongs to another catalogue."""
+    def load(
+        cls,
+        path: str | Path,
+        expect_items_fingerprint: str | None = None,
+        expect_catalogue_fingerprint: str | None = None,
+    ) -> "Embeddings":
+        """Refuses a file that is not ours, is damaged, or belongs to another catalogue or another state of it."""
         about = read_about(path)
         if expect_items_fingerprint not in (None, about["items_fingerprint"]):
             raise UserError("the embeddings are of another catalogue's items", file=path, fix=f"{EMBED} on this one")
+        made_from = about.get("catalogue_fingerprint", "")
+        if expect_catalogue_fingerprint not in (None, made_from):
+            raise UserError(
+                "the embeddings were made from other data: the catalogue's text, events or split have changed",
+                file=path,
+                fix=f"{EMBED} with --overwrite",
+            )
         with safe_open(path, framework="pt") as stored:
             matrix, flat, ends = (stored.get_tensor(name) for name in ("matrix", "item_bytes", "item_ends"))
         flat, ends = flat.numpy().tobytes(), [0, *ends.tolist()]
         items = tuple(flat[start:end].decode() for start, end in itertools.pairwise(ends))
-        embeddings = cls(items, matrix, about["encoder"], about["text_hash"])
+        embeddings = cls(items, matrix, about["encoder"], about["text_hash"], made_from)
         if embeddings.items_fingerprint != about["items_fingerprint"]:
-            raise UserError("the item ids are damaged", file=path, fix=f"{EMBED} again")
+            raise UserError("the item ids are damaged", file=path, fix=f"{EMBED} with --overwrite")
         return embeddings
 
 
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], about: dict | None = None) -> None:
+    """A safetensors file, whole or not at all. `about` is one key: several come in an order that changes by run."""
+    try:
+        with write_whole(path) as partial:
+            save_file(tensors, partial, metadata={"recllm": json.dumps(about, sort_keys=True)} if about else None)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot be written ({error})", file=path, fix="check the disk, or another --output") from None
+
+
 def read_about(path: str | Path) -> dict:
-    """What a file says of itself, without reading the vectors: format, encoder, text_hash, items_fingerprint."""
+    """What a file says of itself, without reading the vectors: format, encoder, text_hash, and the two fingerprints."""
     path = require(path, "the embeddings file", EMBED)
     try:
         with safe_open(path, framework="pt") as stored:
             about = json.loads((stored.metadata() or {}).get("recllm", "{}"))
     except (SafetensorError, OSError):
-        raise UserError("not a readable safetensors file", file=path, fix=f"{EMBED} again") from None
+        raise UserError("not a readable safetensors file", file=path, fix=f"{EMBED} with --overwrite") from None
     if about.get("format") != FORMAT:
-        raise UserError(f"not a file of format {FORMAT!r}", file=path, fix=f"{EMBED} again")
+        raise UserError(f"not a file of format {FORMAT!r}", file=path, fix=f"{EMBED} with --overwrite")
     return about

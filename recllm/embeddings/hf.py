@@ -1,16 +1,14 @@
 """Vectors from a language model: the last layer's hidden state at the text's last token, as GREAM takes it."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 
 from recllm.errors import UserError
-from recllm.files import digest, sha256_file
+from recllm.pretrained import load_backbone, which_model
 
 Pooling = Literal["last", "mean"]
 
@@ -43,21 +41,7 @@ class HFEncoder:
     @functools.cached_property
     def _parts(self):
         """(tokenizer, model)"""
-        from transformers import AutoModel, AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
-            with _quiet():
-                model, loaded = AutoModel.from_pretrained(
-                    self.model, revision=self.revision, dtype=getattr(torch, self.dtype), use_safetensors=True,
-                    output_loading_info=True,
-                )  # fmt: skip
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            fix = "give the name of a causal LM on the Hub, or a folder with its safetensors and tokenizer"
-            raise UserError(f"the model {self.model!r} cannot be loaded: {reason}", fix=fix) from None
-        if missing := sorted(loaded["missing_keys"]):
-            raise UserError(f"the model {self.model!r} lacks weights, such as {missing[0]}", fix="use a complete one")
+        model, tokenizer = load_backbone(self.model, self.dtype, self.revision)
         return tokenizer, model.to(self.device).eval()
 
     @torch.inference_mode()
@@ -102,27 +86,3 @@ def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
         else:
             batches.append([row])
     return batches
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report that the head, which is not needed, was left out."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-@functools.cache
-def which_model(model: str, revision: str | None) -> str:
-    """`name@revision`; of a folder its name and the hash of what lies in it: a model trained further is another."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"{model}@{revision or 'main'}"
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt", ".model"))
-    parts = (part for path in files for part in (path.relative_to(folder).as_posix(), sha256_file(path)))
-    return f"{folder.resolve().name}@sha256:{digest(*parts)[:16]}"

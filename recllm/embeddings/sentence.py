@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from recllm.embeddings.hf import which_model
 from recllm.errors import UserError
+from recllm.pretrained import reason, which_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,11 @@ class SentenceEncoder:
         settings = {"dtype": getattr(torch, self.dtype), "use_safetensors": True}
         try:
             model = SentenceTransformer(self.model, device=self.device, revision=self.revision, model_kwargs=settings)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"the encoder {self.model!r} cannot be loaded: {reason}", fix="check its name") from None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # as in recllm.pretrained: what lies in a folder makes the libraries raise anything
+            said = f"the encoder {self.model!r} cannot be loaded: {reason(error)}"
+            raise UserError(said, fix="give the name of a sentence encoder, or its folder") from None
         model.max_seq_length = min(self.max_tokens, model.max_seq_length or self.max_tokens)
         return model
 

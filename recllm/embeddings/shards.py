@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from recllm.embeddings.container import write_tensors
 from recllm.embeddings.processes import ALONE, Processes
 from recllm.errors import UserError
-from recllm.files import digest, write_whole
+from recllm.files import digest
 from recllm.progress import progress
 
 SHARD = 1024  # items; what a kill can lose, times the processes
@@ -55,8 +56,7 @@ def encode_in_shards(
             for number in missing:
                 vectors = encoder.encode([texts[row] for row in shards[number]], advance)
                 piece = {"rows": torch.tensor(shards[number]), "vectors": vectors.float().cpu().contiguous()}
-                with write_whole(_path(folder, number)) as partial:
-                    save_file(piece, partial)
+                write_tensors(_path(folder, number), piece)
     group.wait()
     return _merge(folder, len(shards), len(texts)) if group.first else None
 

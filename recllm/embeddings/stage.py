@@ -1,6 +1,7 @@
 """The embedding stage: prepared folder → embeddings.safetensors."""
 
 import dataclasses
+import tempfile
 from dataclasses import field
 from pathlib import Path
 from typing import Literal
@@ -56,7 +57,9 @@ class EmbedConfig:
         default="auto", metadata={"help": "Of the model; auto: bfloat16 on a GPU, float32 on a CPU."}
     )
     batch_tokens: int = field(default=16_384, metadata={"help": "hf: tokens of a batch; lower it if memory runs out."})
-    overwrite: bool = field(default=False, metadata={"help": "Make it again although it is there."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace a file that was made in another way or from other data."}
+    )
 
     def __post_init__(self):
         if not 0 <= self.collaborative_weight <= 1:
@@ -75,10 +78,13 @@ class EmbedConfig:
 
 
 def embed(config: EmbedConfig) -> Embeddings:
-    """Encode every item and write the file, unless the same settings wrote it from the same texts and events.
+    """Encode every item and write the file, unless the same settings wrote it from the same data.
 
+    A file made in another way or from other data is replaced only with `overwrite`.
     Under `accelerate launch` or `torchrun` a language model's work is shared; the first process does the rest.
     """
+    if config.path.is_dir():
+        raise UserError("the output is a folder", file=config.path, fix=f"name a file: --output FOLDER/{FILE_NAME}")
     catalogue = Catalogue.load(config.data)
     weight = config.collaborative_weight
     texts = item_texts(catalogue, config.text, config.text_columns, config.max_words) if weight < 1 else []
@@ -93,12 +99,14 @@ def embed(config: EmbedConfig) -> Embeddings:
             description = f"{1 - weight:g} × {said[0]}, centred, + {weight:g} × {said[1]}"
         shards = None if isinstance(encoder, TfidfEncoder) else shard_folder(config.path, encoder, texts)
         there = not config.overwrite and _is_there(config.path, catalogue, description, text_hash)
+        if not there:
+            _check_writable(config.path)
         group.wait()  # nobody writes before everybody has looked
         if there:
             if shards and group.first:
                 remove_shards(shards)  # of a run that was killed between its last two steps
             _say(group, f"{config.path} is there, made with these settings from this data")
-            return Embeddings.load(config.path, catalogue.items_fingerprint)
+            return Embeddings.load(config.path, catalogue.items_fingerprint, catalogue.fingerprint)
 
         _say(group, f"embedding {len(catalogue.items):,} items: {description}")
         matrix = None
@@ -110,11 +118,12 @@ def embed(config: EmbedConfig) -> Embeddings:
             if weight > 0:
                 by_use = collaborative.encode(catalogue)
                 matrix = by_use if matrix is None else fuse_vectors([(centred(matrix), 1 - weight), (by_use, weight)])
-            Embeddings(tuple(catalogue.item_ids), matrix, description, text_hash).save(config.path)
+            items = tuple(catalogue.item_ids)
+            Embeddings(items, matrix, description, text_hash, catalogue.fingerprint).save(config.path)
             if shards:
                 remove_shards(shards)
         group.wait()
-        return Embeddings.load(config.path, catalogue.items_fingerprint)
+        return Embeddings.load(config.path, catalogue.items_fingerprint, catalogue.fingerprint)
 
 
 def _text_encoder(config: EmbedConfig, group: Processes) -> TfidfEncoder | TextEncoder:
@@ -136,11 +145,27 @@ def _say(group: Processes, what: str) -> None:
 
 
 def _is_there(path: Path, catalogue: Catalogue, encoder: str, text_hash: str) -> bool:
+    """Whether the file is what would be written. Something else is not replaced unasked."""
     if not path.exists():
         return False
+    fix = "--overwrite, or another --output"
     try:
         about = read_about(path)
-    except UserError:
-        return False  # damaged, or of an older format: it is written again
-    wanted = {"encoder": encoder, "text_hash": text_hash, "items_fingerprint": catalogue.items_fingerprint}
-    return all(about.get(key) == value for key, value in wanted.items())
+    except UserError as error:
+        raise UserError(f"the file is there already and is {error.problem}", file=path, fix=fix) from None
+    if about.get("catalogue_fingerprint") != catalogue.fingerprint:
+        problem = "holds vectors made from other data: the catalogue's items, text, events or split have changed"
+        raise UserError(problem, file=path, fix=fix)
+    if (about["encoder"], about["text_hash"]) != (encoder, text_hash):
+        raise UserError(f"holds vectors made in another way ({about['encoder']})", file=path, fix=fix)
+    return True
+
+
+def _check_writable(path: Path) -> None:
+    """Now rather than after hours of encoding."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot be written ({error.strerror})", file=path, fix="choose another --output") from None

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from recllm.embeddings.hf import which_model
 from recllm.errors import UserError
+from recllm.pretrained import which_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ run). Every review is an event with the behaviour "review". A line is first deco
 needed, which skips the rest unread; only a line that does not fit is looked at again, to say what is wrong with it.
 """
 
-import html
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,11 +26,9 @@ from recllm.formats.values import (
     show,
     text,
 )
+from recllm.text import clean
 
 BEHAVIOUR = "review"
-_SCRIPT = re.compile(r"<(script|style)\b.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
-_TAG = re.compile(r"<[A-Za-z/!][^<>]*>")
-_UNTIDY = ("&", "<", "  ", "\n", "\r", "\t")
 _BY = re.compile(r"^by\s*\n\s*")
 _ASIN = re.compile(rb"(?:B[0-9A-Z]{9}|[0-9]{9}[0-9X])$")
 
@@ -148,11 +145,8 @@ def item_of_any_year(meta: dict) -> dict:
 
 
 def plain(value: Any) -> str | None:
-    """Text without entities, tags and scripts, its white space single; a list is joined."""
-    if (value := text(value)) is None or not any(sign in value for sign in _UNTIDY):
-        return value
-    value = html.unescape(html.unescape(value))  # 2018 has &amp;amp;
-    return " ".join(_TAG.sub(" ", _SCRIPT.sub(" ", value)).split()) or None
+    """A field's text, cleaned as all text is (recllm.text.clean); a list is joined; nothing → None."""
+    return clean(text(value)) or None
 
 
 def plain_list(value: Any) -> list[str]:

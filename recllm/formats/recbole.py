@@ -120,7 +120,11 @@ def event_parser(table: Table) -> Callable[[bytes], list[Row]]:
 def item_parser(table: Table) -> Callable[[bytes], dict]:
     found = table.places(ITEM, required=("item",))
     used = set(found.values())
-    own = [place for place in range(len(table.columns)) if place not in used and table.types[place] != "float_seq"]
+    own = [  # a second column of one meaning (`item` beside `item_id`) does not take the first one's place
+        place
+        for place, name in enumerate(table.columns)
+        if place not in used and name not in ITEM and table.types[place] != "float_seq"
+    ]
 
     def parse(line: bytes) -> dict:
         cells = table.cells(line)

@@ -1,7 +1,7 @@
 """What a teacher's work will cost, said before it starts."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from recllm.teacher.cache import read_cache
@@ -39,9 +39,10 @@ def estimate(
     input_price: float = 0.0,
     output_price: float = 0.0,
     concurrency: int = 1,
+    read: Callable[[str], str] = str.strip,
 ) -> Estimate:
-    """Prices are per million tokens. Equal requests are asked, and counted, once."""
-    cache = read_cache(cache_path)
+    """Prices are per million tokens. Equal requests are asked, and counted, once. `read` as in `cached_write`."""
+    cache = read_cache(cache_path, read)
     keys = [teacher.cache_key(request) for request in requests]
     missing = {key: request for key, request in zip(keys, requests) if key not in cache}.values()
     tokens_in = sum(_tokens(message["content"]) for request in missing for message in request.messages)

@@ -84,7 +84,8 @@ class OpenAITeacher:
                 extra_body=self.sampling.extra or None,
                 **self.sampling.given(),
             )
-            return completion.choices[0].message.content or ""
+            choice = completion.choices[0]
+            return "" if choice.finish_reason == "length" else choice.message.content or ""
         except openai.OpenAIError as error:
             raise self._explained(error, client, request) from None
         except (AttributeError, IndexError, TypeError, ValueError):

@@ -51,7 +51,10 @@ class Teacher(Protocol):
     """Something that writes text. `OfflineTeacher`, `OpenAITeacher`, `VLLMTeacher`, or a test's own."""
 
     def write(self, requests: Iterable[Request]) -> Iterator[tuple[Request, str]]:
-        """Each request with its text, in any order. A text may be empty: the model said nothing."""
+        """Each request with its text, in any order. A text is empty if the model said nothing, or was cut off.
+
+        What `max_tokens` cuts off is a part of a description, or of a thought before it: neither is of use.
+        """
         ...
 
     def cache_key(self, request: Request) -> str:
@@ -60,7 +63,9 @@ class Teacher(Protocol):
 
 
 def model_cache_key(model: str, sampling: Sampling, request: Request) -> str:
+    """Without `max_tokens`: answers that it cut off are not kept, and the others it did not change."""
     settings = sampling.given() | {"extra": sampling.extra}
+    settings.pop("max_tokens", None)
     return digest(model, json.dumps(settings, sort_keys=True), json.dumps(request.messages, sort_keys=True))
 
 

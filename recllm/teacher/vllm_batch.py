@@ -42,4 +42,6 @@ class VLLMTeacher:
         while chunk := list(itertools.islice(requests, CHUNK)):
             conversations = [list(request.messages) for request in chunk]
             answers = engine.chat(conversations, parameters, chat_template_kwargs=template, use_tqdm=False)
-            yield from ((request, answer.outputs[0].text) for request, answer in zip(chunk, answers, strict=True))
+            for request, answer in zip(chunk, answers, strict=True):
+                written = answer.outputs[0]
+                yield request, "" if written.finish_reason == "length" else written.text

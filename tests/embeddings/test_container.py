@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,7 @@ def test_what_is_saved_is_loaded(tmp_path_factory, items):
     before.save(path)
     after = Embeddings.load(path, expect_items_fingerprint=fingerprint_items(items))
     assert (after.items, after.encoder, after.text_hash) == (before.items, "by hand", "0")
+    assert after.catalogue_fingerprint == ""
     assert torch.equal(after.matrix, before.matrix)
 
 
@@ -38,6 +41,36 @@ def test_valid_by_construction():
         some(matrix=torch.zeros(3, 2, dtype=torch.float64))
     with pytest.raises(UserError, match="two embeddings"):
         some(("a", "b", "a"))
+
+
+def test_embeddings_of_another_state_of_the_catalogue_are_refused(tmp_path):
+    some(catalogue_fingerprint="then").save(path := tmp_path / "e.safetensors")
+    assert Embeddings.load(path).catalogue_fingerprint == "then"
+    assert Embeddings.load(path, expect_catalogue_fingerprint="then").catalogue_fingerprint == "then"
+    with pytest.raises(UserError, match=r"made from other data.*embed_items\.py with --overwrite"):
+        Embeddings.load(path, fingerprint_items(["a", "b", "c"]), "now")
+    some().save(path)  # which does not say
+    with pytest.raises(UserError, match="made from other data"):
+        Embeddings.load(path, expect_catalogue_fingerprint="now")
+
+
+@pytest.mark.parametrize("where", ["/proc/y", "folder", "file/y"])
+def test_what_cannot_be_written_is_one_sentence(tmp_path, where):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written|is a folder") as caught:
+        some().save(tmp_path / where)  # an absolute path stands for itself
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_the_file_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        some().save(tmp_path / "e.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "e.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_what_cannot_be_loaded_is_one_sentence(tmp_path):

@@ -3,6 +3,7 @@ import sys
 import pytest
 import torch
 from helpers import write_catalogue
+from safetensors.torch import save_file
 
 from recllm.embeddings import EmbedConfig, Embeddings, embed
 from recllm.embeddings.sentence import SentenceEncoder
@@ -42,29 +43,67 @@ def test_run_again_it_returns_what_is_there_unless_something_changed(data):
     embed(EmbedConfig(data, overwrite=True))
     assert config.path.stat().st_mtime_ns != written
     assert config.path.read_bytes() == first
-    for changed in ({"window": 1}, {"text": "own"}, {"collaborative_weight": 0.1}, {"seed": 1}):
-        assert embed(EmbedConfig(data, **changed)).encoder != embed(config).encoder
-    write_catalogue(data, [ITEMS[0] | {"title": "green cup"}, *ITEMS[1:]], SEQUENCES)  # another text
-    embed(config)
-    assert config.path.read_bytes() != first
+
+
+FIX = r"Fix: --overwrite, or another --output"
+
+
+@pytest.mark.parametrize("changed", [{"window": 1}, {"text": "own"}, {"collaborative_weight": 0.1}, {"seed": 1}])
+def test_vectors_made_in_another_way_are_not_replaced_unasked(data, changed):
+    embed(config := EmbedConfig(data))
+    first = config.path.read_bytes()
+    with pytest.raises(UserError, match=rf"holds vectors made in another way \(0\.5 × TF-IDF.*{FIX}"):
+        embed(EmbedConfig(data, **changed))
+    assert config.path.read_bytes() == first
+    encoder = Embeddings.load(config.path).encoder
+    assert embed(EmbedConfig(data, **changed, overwrite=True)).encoder != encoder
+
+
+@pytest.mark.parametrize("encoder", ["tfidf", "collaborative"])
+@pytest.mark.parametrize("change", ["items", "text", "events", "split"])
+def test_vectors_made_from_other_data_are_not_taken_for_these(data, encoder, change):
+    """Collaborative vectors of another split know of what is now a test event."""
+    embed(config := EmbedConfig(data, encoder=encoder))
+    first = config.path.read_bytes()
+    items = {"items": ITEMS[::-1], "text": [ITEMS[0] | {"title": "green cup"}, *ITEMS[1:]]}.get(change, ITEMS)
+    sequences = {"u": "abc", **SEQUENCES} if change == "events" else SEQUENCES
+    catalogue = write_catalogue(data, items, sequences, split="train" if change == "split" else "leave-one-out")
+    with pytest.raises(UserError, match=rf"holds vectors made from other data.*{FIX}"):
+        embed(config)
+    assert config.path.read_bytes() == first
+    made = embed(EmbedConfig(data, encoder=encoder, overwrite=True))
+    assert made.items == tuple(catalogue.item_ids)
+    assert made.catalogue_fingerprint == catalogue.fingerprint
+
+
+def test_a_damaged_file_and_a_file_of_something_else_are_not_replaced_unasked(data):
+    config = EmbedConfig(data)
     config.path.write_bytes(b"damaged")
-    embed(config)
+    with pytest.raises(UserError, match=rf"is there already and is not a readable safetensors file\. {FIX}"):
+        embed(config)
+    save_file({"weight": torch.zeros(1)}, config.path)
+    with pytest.raises(UserError, match=rf"is there already and is not a file of format .*{FIX}"):
+        embed(config)
+    embed(EmbedConfig(data, overwrite=True))
     Embeddings.load(config.path)
 
 
-def test_another_catalogue_is_embedded_anew(data):
-    embed(EmbedConfig(data))
-    write_catalogue(data, ITEMS[::-1], SEQUENCES)
-    assert embed(EmbedConfig(data)).items == tuple("fedcba")
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_encoded(data, monkeypatch):
+    monkeypatch.setattr("recllm.embeddings.tfidf.TfidfEncoder.encode", None)
+    with pytest.raises(UserError, match=r"is a folder.*embeddings\.safetensors"):
+        embed(EmbedConfig(data, output=data))
+    for output in ("/proc/y", "/proc/y/z", f"{data}/items.parquet/e.safetensors"):
+        with pytest.raises(UserError, match=r"cannot be written.*--output"):
+            embed(EmbedConfig(data, output=output))
 
 
-def test_events_of_validation_and_test_change_no_byte_of_the_file(data):
-    config = EmbedConfig(data)
-    embed(config)
-    first = config.path.read_bytes()
+def test_events_of_validation_and_test_change_no_vector(data):
+    first = embed(EmbedConfig(data))
     write_catalogue(data, ITEMS, {user: [*events[:3], "a", "f"] for user, events in SEQUENCES.items()})
-    embed(EmbedConfig(data, overwrite=True))
-    assert config.path.read_bytes() == first
+    other = embed(EmbedConfig(data, overwrite=True))
+    assert other.catalogue_fingerprint != first.catalogue_fingerprint
+    assert other.encoder == first.encoder
+    assert other.matrix.numpy().tobytes() == first.matrix.numpy().tobytes()
 
 
 def test_a_log_without_text_is_told_what_to_do_and_embeds_so(tmp_path):

@@ -45,6 +45,16 @@ def test_items(write, items):
     ]
 
 
+def test_a_second_column_of_one_meaning_does_not_take_the_firsts_place(write, items):
+    header = "item_id:token\titem:token\ttitle:token\tbrand:token\tstore:token\titem_name:token"
+    [record] = items("recbole", write("x.item", [header, "1\tother\tHeat\tAcme\tShop\tA name"]))
+    assert (record["item"], record["title"], record["brand"]) == ("1", "Heat", "Acme")
+    assert (record["store"], record["item_name"]) == ("Shop", "A name")
+    header = "item_id:token\tasin:token\titem_name:token\tname:token"
+    [record] = items("recbole", write("y.item", [header, "1\tB2\tLong\tShort"]))
+    assert (record["item"], record["asin"], record["title"], record["name"]) == ("1", "B2", "Long", "Short")
+
+
 def test_a_category_that_is_one_token_is_not_taken_apart(write, items):
     [record] = items("recbole", write("x.item", ["item_id:token\tcategory:token", "1\tHealth & Care"]))
     assert record["categories"] == ["Health & Care"]

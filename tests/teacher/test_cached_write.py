@@ -66,8 +66,21 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
 
 
 def test_an_empty_answer_is_asked_again(tmp_path):
-    assert cached_write(OfflineTeacher(), [ask("a", " ")], tmp_path / "c.jsonl") == [" "]
+    assert cached_write(OfflineTeacher(), [ask("a", " ")], tmp_path / "c.jsonl") == [""]
     assert (tmp_path / "c.jsonl").read_bytes() == b""
+
+
+def test_the_stage_says_which_answers_are_empty_and_the_cache_keeps_them_as_they_came(tmp_path):
+    def read(answer):
+        return "" if answer == "hm" else answer.upper()
+
+    requests, cache = [ask("a", "hm"), ask("b", "yes")], tmp_path / "c.jsonl"
+    cached_write(Recorder(), requests, cache)  # kept by a stage that reads another way
+    teacher = Recorder()
+    assert cached_write(teacher, requests, cache, read=read) == ["", "YES"]
+    assert teacher.asked == ["a"]
+    assert [json.loads(line)["text"] for line in cache.read_text().splitlines()] == ["yes", "hm"]
+    assert estimate(teacher, requests, cache, read=read).cached == 1
 
 
 def test_equal_requests_are_asked_once(tmp_path):
@@ -87,6 +100,7 @@ def test_the_cache_key_changes_with_model_settings_and_messages():
     }
     assert len(keys) == 5
     same = OpenAITeacher("m", concurrency=1, base_url="http://elsewhere", retries=1)
+    assert OpenAITeacher("m", Sampling(max_tokens=9)).cache_key(request) == OpenAITeacher("m").cache_key(request)
     assert same.cache_key(Request("other key", request.messages, "other")) == OpenAITeacher("m").cache_key(request)
 
 

@@ -18,13 +18,17 @@ SECRET = "sk-very-secret-0123456789"
 
 
 class Server(ThreadingHTTPServer):
-    """`fail(text, attempt)`: a status to answer with, or None. `seen`: bodies, keys; `busiest`: most at a time."""
+    """`fail(text, attempt)`: a status to answer with, or None. `seen`: bodies, keys; `busiest`: most at a time.
+
+    `answer(text)`: what is said; `reason(body)`: why it ends there.
+    """
 
     daemon_threads = True
 
-    def __init__(self, fail=lambda text, attempt: None, delay=0.0, answer=lambda text: f"written: {text}"):
+    def __init__(self, fail=lambda text, attempt: None, delay=0.0, answer=lambda text: f"written: {text}", reason=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.fail, self.delay, self.answer = fail, delay, answer
+        self.reason = reason or (lambda body: "stop")
         self.lock, self.seen, self.attempts = threading.Lock(), [], Counter()
         self.running = self.busiest = 0
 
@@ -56,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
             echoed = f"no: {self.headers['Authorization']}"  # some servers repeat the key in what they say
             return self.reply(status, {"error": {"message": echoed, "type": "x"}})
         message = {"role": "assistant", "content": server.answer(text)}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        choice = {"index": 0, "finish_reason": server.reason(body), "message": message}
         return self.reply(
             200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
         )
@@ -187,8 +191,41 @@ def test_rewriting_through_a_server_keeps_the_key_out_of_every_file_and_message(
     assert table["text"].to_list() == ["A fine cup.", "Pot."]  # an empty answer: the offline text stands in
     out = capfd.readouterr()
     assert "1 answers were empty" in out.err
+    assert len(server.seen) == 2
     assert SECRET not in out.out + out.err
     assert all(SECRET.encode() not in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_answers_cut_off_or_of_thoughts_alone_are_asked_again_and_never_become_text(serve, tmp_path, capfd):
+    items = [{"item": item, "title": title} for item, title in (("a", "Cup"), ("b", "Pot"), ("c", "Hose"))]
+    write_catalogue(tmp_path, items, {"u": ["a"]})
+
+    def answer(text):
+        return "A fine cup." if "Cup" in text else "<think>a</think>" if "Pot" in text else "<think>The user wants"
+
+    def reason(body):
+        return "length" if "Hose" in body["messages"][-1]["content"] and body["max_tokens"] < 1000 else "stop"
+
+    server = serve(answer=answer, reason=reason)
+    config = RewriteConfig(str(tmp_path))
+    teacher = {"teacher": "openai", "teacher_model": "m", "base_url": server.url}
+    for asked in (3, 5):  # only the two without a text are asked again
+        assert rewrite(config, TeacherConfig(**teacher))["text"].to_list() == ["A fine cup.", "Pot.", "Hose."]
+        assert len(server.seen) == asked
+        assert "2 answers were empty or cut off" in " ".join(capfd.readouterr().err.split())
+    assert len((tmp_path / "texts.cache.jsonl").read_text().splitlines()) == 1
+
+    server.answer = lambda text: "<think>hm</think>At last."
+    table = rewrite(config, TeacherConfig(**teacher, max_tokens=4096))  # more room: what is answered stays
+    assert table["text"].to_list() == ["A fine cup.", "At last.", "At last."]
+    assert len(server.seen) == 7
+    rewrite(config, TeacherConfig(**teacher))
+    assert len(server.seen) == 7
+
+
+def test_a_whole_answer_that_was_cut_off_is_not_taken_either(serve):
+    server = serve(answer=lambda text: "A thought without a", reason=lambda body: "length")
+    assert written(OpenAITeacher("m", base_url=server.url), [ask(1)]) == {"item 1": ""}
 
 
 def test_vllm_is_asked_for_by_name_where_it_is_missing(monkeypatch):
