@@ -45,6 +45,8 @@ def catalogue_table(catalogue: Catalogue) -> Table:
 
 def semantic_ids_table(table: SemanticIdTable) -> Table:
     report = table.report
+    if "levels" not in report:  # made by hand, not by the stage
+        return pairs_table("semantic IDs", {"items": f"{len(table):,}", "fingerprint": table.fingerprint[:16]})
     levels = ", ".join(f"{level['level']} {level['used']}/{level['codes']}" for level in report["levels"])
     rows = {
         "distinct": f"{report['distinct_share_before']:.2%} of {len(table):,} items, "

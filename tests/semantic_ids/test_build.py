@@ -39,7 +39,7 @@ def data(tmp_path) -> Path:
     (folder / "catalogue.json").write_text(json.dumps(about))
     Catalogue.load(folder)
     matrix = centres[category] + 0.3 * torch.randn(len(ITEMS), 8, generator=generator)
-    Embeddings(tuple(ITEMS), matrix, "test", "hash").save(folder / "embeddings.safetensors")
+    Embeddings(tuple(ITEMS), matrix, "test", "hash", "f").save(folder / "embeddings.safetensors")
     return folder
 
 
@@ -75,15 +75,19 @@ def test_again_is_nothing_and_anew_is_the_same(data, tmp_path, method, collision
     build(config("one"))
 
 
-def test_another_setting_builds_anew(data):
+def test_other_settings_need_overwrite(data):
     build(BuildConfig(data=str(data), **SMALL))
-    assert build(BuildConfig(data=str(data), levels=3, codes=8)).sizes[:3] == (8, 8, 8)
+    before = files(data)
+    with pytest.raises(UserError, match=r"with other settings.*--overwrite"):
+        build(BuildConfig(data=str(data), levels=3, codes=8))
+    assert files(data) == before
+    assert build(BuildConfig(data=str(data), levels=3, codes=8, overwrite=True)).sizes[:3] == (8, 8, 8)
     assert len(load(data)[1].sizes) == 3
 
 
 @pytest.mark.parametrize("when", ["quantizer", "table"])
 def test_killed_between_or_within_the_files(data, tmp_path, when, monkeypatch):
-    config = BuildConfig(data=str(data), output=str(tmp_path / "out"), **SMALL)
+    config = BuildConfig(data=str(data), output=str(tmp_path / "out"), overwrite=True, **SMALL)
     build(BuildConfig(data=str(data), output=str(tmp_path / "out"), seed=7, **SMALL))  # what lies there already
     build(BuildConfig(data=str(data), output=str(tmp_path / "whole"), **SMALL))
 
@@ -91,9 +95,10 @@ def test_killed_between_or_within_the_files(data, tmp_path, when, monkeypatch):
         raise KeyboardInterrupt
 
     owner = Quantizer if when == "quantizer" else SemanticIdTable
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(owner, "save", die)
-        build(config)
+        with pytest.raises(KeyboardInterrupt):
+            build(config)
     if when == "table":
         with pytest.raises(UserError, match="not of one run"):
             load(tmp_path / "out")
@@ -101,14 +106,22 @@ def test_killed_between_or_within_the_files(data, tmp_path, when, monkeypatch):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("file", ["semantic_ids.json", "quantizer.safetensors"])
-def test_damaged_files_are_made_again(data, file):
-    config = BuildConfig(data=str(data), **SMALL)
-    build(config)
+def test_a_damaged_quantizer_is_made_again_and_a_damaged_table_is_named(data):
+    build(BuildConfig(data=str(data), **SMALL))
     whole = files(data)
-    (data / file).write_bytes(whole[file][:-10])
-    build(config)
+    for file in ("quantizer.safetensors", "semantic_ids.json"):
+        (data / file).write_bytes(whole[file][:-10])
+    with pytest.raises(UserError, match=r"semantic_ids\.json.*--overwrite"):
+        build(BuildConfig(data=str(data), **SMALL))
+    (data / "semantic_ids.json").write_bytes(whole["semantic_ids.json"])
+    build(BuildConfig(data=str(data), **SMALL))
     assert files(data) == whole
+
+
+def test_embeddings_of_another_split_are_refused(data):
+    Embeddings(tuple(ITEMS), torch.zeros(120, 4), "test", "hash", "g").save(data / "embeddings.safetensors")
+    with pytest.raises(UserError, match="were made from other data"):
+        build(BuildConfig(data=str(data), **SMALL))
 
 
 def test_embeddings_of_another_catalogue_are_refused(data):
@@ -131,7 +144,7 @@ def test_import_and_export(data, tmp_path):
     assert "x.index.json" in str(error.value)
     assert not (data / "semantic_ids.json").exists()
     build(BuildConfig(data=str(data), **SMALL))  # its quantizer must not stay beside the imported table
-    table = build(BuildConfig(**settings, export_index=str(tmp_path / "y.index.json")))
+    table = build(BuildConfig(**settings, export_index=str(tmp_path / "y.index.json"), overwrite=True))
     assert not (data / "quantizer.safetensors").exists()
     assert table.report["index_items_unused"] == 1
     assert table.pattern == "<{level}_{code}>"
@@ -140,7 +153,7 @@ def test_import_and_export(data, tmp_path):
     assert exported["i5"] == index["i5"]
     path.write_text(json.dumps({item: index[item] for item in ITEMS[1:]}))
     with pytest.raises(UserError, match="'i0' of the catalogue is not in the index"):
-        build(BuildConfig(**settings))
+        build(BuildConfig(**settings, overwrite=True))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +165,7 @@ def test_import_and_export(data, tmp_path):
         {"sample": 10},
         {"pattern": "<{code}>"},
         {"collisions": "none"},
+        {"device": "abacus"},
         {"import_index": "x", "collisions": "reassign"},
     ],
 )
@@ -162,10 +176,9 @@ def test_bad_settings(bad):
 
 def test_the_script(data):
     command = [sys.executable, str(SCRIPT), "--data", str(data), "--levels", "2", "--codes", "8"]
-    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=120) for _ in range(2))
-    assert first.returncode == 0, first.stderr
-    assert "distinct share after" in first.stdout
-    assert second.stdout == first.stdout
+    good = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert good.returncode == 0, good.stderr
+    assert "distinct share after" in good.stdout
     wrong = subprocess.run([*command, "--embeddings", "none"], capture_output=True, text=True, timeout=120)
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith("error: none: the embeddings file does not exist")

@@ -82,7 +82,9 @@ def test_reassign_is_the_greedy_pairing(seed, items, size, limit, monkeypatch):
     monkeypatch.setattr(collisions, "CELLS", limit)  # in one part, and prefix by prefix
     codes, quantizer, embeddings = random_case(seed, items, size)
     before = codes.copy()
-    assert reassign(codes, quantizer, embeddings).tolist() == greedy_slowly(codes, quantizer, embeddings).tolist()
+    after, staying = reassign(codes, quantizer, embeddings)
+    assert after.tolist() == greedy_slowly(codes, quantizer, embeddings).tolist()
+    assert staying == len(after) - len(np.unique(after, axis=0))
     assert (codes == before).all()
 
 

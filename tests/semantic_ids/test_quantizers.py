@@ -35,7 +35,8 @@ def test_each_level_lowers_the_error_and_encode_is_the_nearest_centroid():
     embeddings = clustered()
     quantizer = rqkmeans.fit(embeddings, (16, 16, 16), sample=500)
     codes, left = quantizer.encode(embeddings)
-    residual = embeddings - quantizer.centre
+    residual = quantizer.latent(embeddings)  # all 16 dimensions matter here, so nothing is lost
+    assert residual.shape == (2000, 16)
     errors = [float(residual.square().sum())]
     for level, codebook in enumerate(quantizer.codebooks):
         nearest = torch.cdist(residual.double(), codebook.double()).argmin(dim=1)
@@ -51,23 +52,41 @@ def test_centroids_are_the_means_of_their_points():
     embeddings = clustered(items=500)
     points = embeddings - embeddings.mean(dim=0)
     generator = torch.Generator().manual_seed(0)
-    codebook, _, label = rqkmeans.lloyd(points, rqkmeans.seed_centroids(points, 12, generator), iterations=200)
+    codebook, _ = rqkmeans.lloyd(points, rqkmeans.seed_centroids(points, 12, generator), 200, sample=500)
+    label, _ = rqkmeans.nearest(points, codebook, torch.zeros(12))
     means = torch.stack([points[label == code].mean(dim=0) for code in range(12)])
-    assert torch.allclose(codebook, means, atol=0.05)  # ends when the error falls by less than 1e-4
+    assert torch.allclose(codebook, means, atol=0.05)  # ends when the error changes by less than 1e-5
 
 
 def test_no_worse_than_scikit_learn():
     cluster = pytest.importorskip("sklearn.cluster")
     embeddings = clustered(items=3000, clusters=60, noise=0.5)
     theirs = cluster.KMeans(32, n_init=1, random_state=0).fit(embeddings.numpy()).inertia_ / squared_spread(embeddings)
-    assert relative_error(rqkmeans.fit(embeddings, (32,)), embeddings) < 1.02 * theirs
+    assert relative_error(rqkmeans.fit(embeddings, (32,)), embeddings) < 1.01 * theirs
+
+
+def test_directions_without_variance_change_nothing():
+    embeddings = clustered(width=8)
+    rotation = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(1))).Q[:8]
+    centre, basis = rqkmeans.principal_subspace(embeddings @ rotation, torch.arange(2000))
+    assert basis.shape == (40, 8)
+    assert torch.allclose(basis.T @ basis, torch.eye(8), atol=1e-5)
+    assert torch.allclose(centre, (embeddings @ rotation).mean(dim=0), atol=1e-5)
+    errors = [relative_error(rqkmeans.fit(e, (16, 16)), e) for e in (embeddings, embeddings @ rotation)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+def test_samples_lose_little_against_all_points_at_once():
+    embeddings = clustered(items=8000, clusters=200, noise=0.5)
+    sampled, whole = (rqkmeans.fit(embeddings, (16, 16), sample=sample) for sample in (1000, 8000))
+    assert relative_error(sampled, embeddings) < 1.02 * relative_error(whole, embeddings)
 
 
 def test_a_code_that_nobody_chose_is_moved():
     points = clustered(items=300, clusters=4, noise=0.1)
     start = torch.cat([points[:3], torch.full((1, 16), 1e3)])
-    codebook, _, label = rqkmeans.lloyd(points, start, iterations=20)
-    assert len(label.unique()) == 4
+    codebook, _ = rqkmeans.lloyd(points, start, 20, sample=300)
+    assert len(rqkmeans.nearest(points, codebook, torch.zeros(4))[0].unique()) == 4
     assert codebook.abs().max() < 10
 
 
@@ -108,7 +127,7 @@ def test_balanced_codes_are_used_about_equally():
         torch.bincount(rqkmeans.assign(quantizer, embeddings)[:, 0], minlength=16).max() / 250
         for quantizer in (plain, balanced)
     ]
-    assert loads[1] < 1.3
+    assert loads[1] < 1.4
     assert loads[1] < 0.7 * loads[0]
     assert relative_error(balanced, embeddings) < 0.8
 

@@ -209,7 +209,7 @@ def test_missing_file_and_other_catalogue(table, tmp_path):
 
 def test_published_indices_with_collisions():
     index = {"1": ["<a_5>", "<b_0>"], "2": ["<a_5>", "<b_0>"], "3": ["<a_5>", "<b_1>"]}
-    with pytest.raises(UserError, match="items '1' and '2' have the same codes|items '2' and '1' have the same codes"):
+    with pytest.raises(UserError, match=r"items '[12]' and '[12]' have the same codes"):
         SemanticIdTable.from_index(index)
     table = SemanticIdTable.from_index(index, on_collision="extra-level")
     assert table.to_index() == {
