@@ -22,6 +22,7 @@ from recllm.text import TEXT_COLUMNS, check_columns, fuse
 from recllm.tokenization import Initialisation, ItemTokens, add_tokens, behaviour_token, initialise, resize
 
 TINY = "tiny"
+REPORT = "recllm.json"
 TEXT_WORDS = 128  # of an item, for the tiny tokenizer and the cluster means: the facts stand first
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,32 +60,17 @@ class BuildModelConfig:
 
 def build_model(config: BuildModelConfig) -> Path:
     """Make `config.output`, or leave it when it was made from the same index with the same settings."""
-    data, output = Path(config.data), Path(config.output)
-    catalogue = Catalogue.load(data)
-    table = SemanticIdTable.load(
-        config.semantic_ids or data / "semantic_ids.json", expect_items_fingerprint=catalogue.items_fingerprint
-    )
+    catalogue, output = Catalogue.load(config.data), Path(config.output)
+    table = _table(config, catalogue)
+    made_of = _made_of(config, catalogue, table)
+    if _already(output, made_of, config.overwrite):
+        console.print(f"{output} is made already, from the same index with the same settings.")
+        return output
+
     check_columns(catalogue, config.text_columns)
-    texts = {
-        row["item"]: text
-        for row in catalogue.items.iter_rows(named=True)
-        if (text := fuse(row, config.text_columns, max_words=TEXT_WORDS))
-    }
-    settings = {name: value for name, value in vars(config).items() if name not in ("data", "output", "overwrite")}
-    base = TINY if config.model == TINY else which_model(config.model)
-    made_of = digest(table.fingerprint, catalogue.fingerprint, repr(settings), base)
-    restore_folder(output)
-    if output.exists() and not output.is_dir():
-        raise UserError("is a file, and a folder is to be written", file=output, fix="another --output")
-    if (output / "recllm.json").exists() and not config.overwrite:
-        if read_object(output / "recllm.json").get("made_of") == made_of:
-            console.print(f"{output} is made already, from the same index with the same settings.")
-            return output
-        raise UserError("the folder holds another checkpoint", file=output, fix="another --output, or --overwrite")
-
-    if output.exists() and not (output / "recllm.json").exists() and any(output.iterdir()):
-        raise UserError("the folder holds files that are no checkpoint of ours", file=output, fix="another --output")
-
+    rows = catalogue.items.iter_rows(named=True)
+    texts = {row["item"]: fuse(row, config.text_columns, max_words=TEXT_WORDS) for row in rows}
+    texts = {item: text for item, text in texts.items() if text}
     model, tokenizer = base_model(config, list(texts.values()))
     if table.token(0, 0) in tokenizer.get_vocab():
         raise UserError(
@@ -95,33 +81,69 @@ def build_model(config: BuildModelConfig) -> Path:
     behaviours = [behaviour_token(behaviour) for behaviour in catalogue.behaviours]
     before = len(tokenizer)
     ids = add_tokens(tokenizer, [*table.all_tokens(), *behaviours, *config.extra_tokens])
-    rows = resize(model, tokenizer)
+    embedding_rows = resize(model, tokenizer)
     method = config.initialise if texts or config.initialise != "cluster" else "mean"
     if method != config.initialise:
         console.print("The catalogue has no text: new rows start at the mean instead of the cluster's text.")
     new = [id for id in ids if id >= before]
     initialise(model, tokenizer, new, method, ItemTokens.of(tokenizer, table), texts, config.seed)
+    report = {
+        "recllm": version("recllm"),
+        "transformers": version("transformers"),
+        "made_of": made_of,
+        "base_model": config.model,
+        "catalogue": {"name": catalogue.name, "fingerprint": catalogue.fingerprint},
+        "semantic_ids": table.fingerprint,
+        "tokens": {"text": before, "items": sum(table.sizes), "behaviours": behaviours, "rows": embedding_rows},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "initialise": method,
+        "seed": config.seed,
+    }
     transformers_logging.disable_progress_bar()  # one line for each shard says nothing
     with write_folder_whole(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         table.save(folder / "semantic_ids.json")
-        write_json(
-            folder / "recllm.json",
-            {
-                "recllm": version("recllm"),
-                "transformers": version("transformers"),
-                "made_of": made_of,
-                "base_model": config.model,
-                "catalogue": {"name": catalogue.name, "fingerprint": catalogue.fingerprint},
-                "semantic_ids": table.fingerprint,
-                "tokens": {"text": before, "items": sum(table.sizes), "behaviours": behaviours, "rows": rows},
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "initialise": method,
-                "seed": config.seed,
-            },
-        )
+        write_json(folder / REPORT, report)
     return output
+
+
+def _table(config: BuildModelConfig, catalogue: Catalogue) -> SemanticIdTable:
+    """The index; the data folder's own must be of this preparation, a named one of the same items."""
+    path = config.semantic_ids or Path(config.data) / "semantic_ids.json"
+    table = SemanticIdTable.load(path, expect_items_fingerprint=catalogue.items_fingerprint)
+    made_from = table.report.get("made_from", {}).get("catalogue", catalogue.fingerprint)
+    if config.semantic_ids is None and made_from != catalogue.fingerprint:
+        raise UserError(
+            "was made before the data were prepared anew",
+            file=path,
+            fix="run embed_items.py and build_semantic_ids.py again, or name the index with --semantic_ids",
+        )
+    return table
+
+
+def _made_of(config: BuildModelConfig, catalogue: Catalogue, table: SemanticIdTable) -> str:
+    """Everything that the checkpoint is a function of; of a model in a folder its content, not its place."""
+    places = ("data", "output", "overwrite", "model", "semantic_ids")
+    settings = {name: value for name, value in vars(config).items() if name not in places}
+    base = TINY if config.model == TINY else which_model(config.model)
+    return digest(table.fingerprint, catalogue.fingerprint, repr(settings), base)
+
+
+def _already(output: Path, made_of: str, overwrite: bool) -> bool:
+    """Is the checkpoint there? An error if something else is."""
+    restore_folder(output)
+    if output.exists() and not output.is_dir():
+        raise UserError("is a file, and a folder is to be written", file=output, fix="another --output")
+    if not (output / REPORT).exists():
+        if output.exists() and any(output.iterdir()):
+            raise UserError(
+                "the folder holds files that are no checkpoint of ours", file=output, fix="another --output"
+            )
+        return False
+    if not overwrite and read_object(output / REPORT).get("made_of") != made_of:
+        raise UserError("the folder holds another checkpoint", file=output, fix="another --output, or --overwrite")
+    return not overwrite
 
 
 def base_model(config: BuildModelConfig, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,6 +1,7 @@
 """The stage that makes a checkpoint: complete, reproducible, and refusing what does not fit."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -146,6 +147,14 @@ def test_an_index_of_another_catalogue_is_refused(data, tmp_path):
     SemanticIdTable(("x", "y"), codes, (2,)).save(data / "semantic_ids.json")
     with pytest.raises(UserError, match="catalogue"):
         make(data, tmp_path)
+
+
+def test_an_index_of_an_earlier_preparation_is_refused_unless_named(data, tmp_path):
+    table = SemanticIdTable.load(data / "semantic_ids.json")
+    replace(table, report={"made_from": {"catalogue": "an earlier one"}}).save(data / "semantic_ids.json")
+    with pytest.raises(UserError, match="before the data were prepared anew"):
+        make(data, tmp_path)
+    assert make(data, tmp_path, semantic_ids=str(data / "semantic_ids.json")).exists()
 
 
 def test_a_folder_of_something_else_is_never_replaced(data, tmp_path):
