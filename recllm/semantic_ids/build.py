@@ -27,6 +27,7 @@ from recllm.semantic_ids.tokens import DEFAULT_PATTERN, LETTERS, check_pattern
 
 TABLE_FILE = "semantic_ids.json"
 QUANTIZER_FILE = "quantizer.safetensors"
+ALGORITHM = 1  # raised when the same settings come to give other codes
 
 
 @dataclass
@@ -133,7 +134,12 @@ def _made_from(config: BuildConfig, catalogue: Catalogue) -> dict:
         source = {"embeddings": sha256_file(path)}
         names += ["method", "levels", "codes", "seed", "pattern", "device"]
         names += ["epochs", "batch", "lr", "latent"] if config.method == "rqvae" else ["sample", "iterations"]
-    return {"catalogue": catalogue.fingerprint, **source, **{name: getattr(config, name) for name in names}}
+    return {
+        "algorithm": ALGORITHM,
+        "catalogue": catalogue.fingerprint,
+        **source,
+        **{name: getattr(config, name) for name in names},
+    }
 
 
 def _already_built(config: BuildConfig, made_from: dict) -> SemanticIdTable | None:
