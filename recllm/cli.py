@@ -1,4 +1,9 @@
-"""The console script: `recllm demo`, `recllm inspect FOLDER`. Stages have scripts of their own under data_prep/."""
+"""The console script. Stages have scripts of their own under data_prep/.
+
+recllm demo              the whole way from a log to a model, on the embedded shop
+recllm inspect FOLDER    what a prepared folder or a checkpoint holds
+recllm version
+"""
 
 import sys
 from dataclasses import dataclass, field
@@ -34,9 +39,9 @@ def main() -> None:
         elif name == "demo":
             from recllm.demo import DemoConfig, demo  # torch and friends load only for what needs them
 
-            launch.run(demo, DemoConfig, args=args, description=demo.__doc__)
+            launch.run(demo, DemoConfig, args=args, description=demo.__doc__, prog="recllm demo")
         elif name == "inspect":
             folder = ["--folder", *args] if args and not args[0].startswith("-") else args
-            launch.run(inspect, InspectConfig, args=folder, description=inspect.__doc__)
+            launch.run(inspect, InspectConfig, args=folder, description=inspect.__doc__, prog="recllm inspect")
         else:
             raise UserError(f"{name!r} is not a command", fix="recllm demo, recllm inspect FOLDER, recllm version")

@@ -35,6 +35,7 @@ class DemoConfig:
     items: int = field(default=600, metadata={"help": "Items of the shop."})
     users: int = field(default=2000, metadata={"help": "Customers of the shop."})
     seed: int = field(default=0, metadata={"help": "Of everything."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a demo of another size or seed."})
 
     def __post_init__(self):
         if self.items < 60 or self.users < 50:
@@ -56,14 +57,15 @@ def demo(config: DemoConfig) -> None:
                 shop_users=config.users,
                 seed=config.seed,
                 repeats="first",
+                overwrite=config.overwrite,
             )
         )
     with stage("2/4  embed: TF-IDF of the items' text beside who bought what next to what"):
-        embed(EmbedConfig(data=str(data), seed=config.seed))
+        embed(EmbedConfig(data=str(data), seed=config.seed, overwrite=config.overwrite))
     with stage("3/4  semantic IDs: residual k-means, collisions resolved"):
-        table = build(BuildConfig(data=str(data), levels=3, codes=32, seed=config.seed))
+        table = build(BuildConfig(data=str(data), levels=3, codes=32, seed=config.seed, overwrite=config.overwrite))
     with stage("4/4  model: a tiny Qwen3 whose vocabulary holds every item"):
-        build_model(BuildModelConfig(data=str(data), output=str(model), seed=config.seed))
+        build_model(BuildModelConfig(data=str(data), output=str(model), seed=config.seed, overwrite=config.overwrite))
 
     for made in (catalogue_table(catalogue), floor_table(data), semantic_ids_table(table), model_table(model)):
         results.print()

@@ -1,6 +1,7 @@
 """What every script does around its one call: parse, run, and say a user's mistake in one line."""
 
 import argparse
+import difflib
 import logging
 import os
 import signal
@@ -16,16 +17,23 @@ from trl import TrlParser
 from recllm.errors import UserError
 from recllm.files import read_lines
 
+EPILOG = "--config FILE.yaml takes settings from a file; what stands on the command line goes before it."
 console = Console(stderr=True)  # progress and notes
 results = Console(soft_wrap=True)  # standard output is for results
 # transformers imports DeepSpeed when it saves; that a CPU was found is no warning to a user of a CPU.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
-def run(main: Callable, *config_types: type, description: str | None = None, args: list[str] | None = None) -> None:
+def run(
+    main: Callable,
+    *config_types: type,
+    description: str | None = None,
+    args: list[str] | None = None,
+    prog: str | None = None,
+) -> None:
     """`main(*configs)` under the command line's and --config's settings; exits 2 on a user's mistake, 130 on Ctrl-C."""
     with exit_codes():
-        main(*parse(*config_types, description=description, args=args))
+        main(*parse(*config_types, description=description, args=args, prog=prog))
 
 
 class exit_codes:
@@ -50,10 +58,14 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """A script's docstring as it stands, and every setting's default."""
 
 
-def parse(*config_types: type, description: str | None = None, args: list[str] | None = None) -> tuple:
+def parse(
+    *config_types: type, description: str | None = None, args: list[str] | None = None, prog: str | None = None
+) -> tuple:
     """TrlParser (--config x.yaml, overrides after it), with its tracebacks turned into sentences and types checked."""
     args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
-    parser = TrlParser(config_types, description=description, formatter_class=_Help)
+    parser = TrlParser(
+        config_types, description=description, formatter_class=_Help, prog=prog, epilog=EPILOG, allow_abbrev=False
+    )
     path = args[args.index("--config") + 1] if "--config" in args[:-1] else None
     if path is not None:
         check_file(path, config_types)
@@ -62,6 +74,9 @@ def parse(*config_types: type, description: str | None = None, args: list[str] |
     except IndexError:
         raise UserError("--config needs a path", fix="--config settings.yaml") from None
     except ValueError as error:
+        unknown = [arg for arg in args if arg.startswith("--") and arg in str(error)]
+        if unknown:
+            refuse_unknown(unknown[0].removeprefix("--"), config_types)
         raise UserError(str(error), file=path, fix="--help lists the settings") from None
     for config in configs:
         check_types(config)
@@ -82,11 +97,23 @@ def check_file(path: str, config_types: Sequence[type]) -> None:
         raise UserError(f"not valid YAML: {reason}", file=path, line=mark.line + 1 if mark else None) from None
     if not isinstance(values, dict):
         raise UserError("the config is no mapping of settings to values", file=path, fix="lines of `setting: value`")
+    for name in values:
+        if name != "env" and not any(name in kind.__dataclass_fields__ for kind in config_types):
+            refuse_unknown(name, config_types, path)
     for name, hint in (pair for kind in config_types for pair in typing.get_type_hints(kind).items()):
         value = values.get(name)
         converted = isinstance(value, str) and not _fits([], hint)
         if name in values and not converted and not _fits(value, hint):
-            raise UserError(f"{name}: {value!r} is not of type {_name(hint)}", file=path, fix=f"correct `{name}`")
+            fix = f"`{name}: [{value}]`" if isinstance(value, str) else f"correct `{name}`"
+            raise UserError(f"{name}: {value!r} is not of type {_name(hint)}", file=path, fix=fix)
+
+
+def refuse_unknown(name: str, config_types: Sequence[type], path: str | None = None) -> None:
+    """`codse` is not a setting; did you mean `codes`?"""
+    known = [field for kind in config_types for field in kind.__dataclass_fields__]
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    fix = f"did you mean `{near[0]}`?" if near else "--help lists the settings"
+    raise UserError(f"`{name}` is not a setting", file=path, fix=fix)
 
 
 def check_types(config) -> None:

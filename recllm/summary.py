@@ -73,7 +73,11 @@ def folder_tables(folder: Path) -> list[Table]:
     if (folder / "catalogue.json").exists():
         tables.append(catalogue_table(Catalogue.load(folder)))
     if (folder / "semantic_ids.json").exists():
-        tables.append(semantic_ids_table(SemanticIdTable.load(folder / "semantic_ids.json")))
+        table = SemanticIdTable.load(folder / "semantic_ids.json")
+        tables.append(semantic_ids_table(table))
+        made_from = table.report.get("made_from", {}).get("catalogue")
+        if (folder / "catalogue.json").exists() and made_from not in (None, Catalogue.load(folder).fingerprint):
+            tables.append(pairs_table("stale", {"semantic IDs": "made before the data were prepared anew"}))
     if (folder / "recllm.json").exists():
         tables.append(model_table(folder))
     if not tables:

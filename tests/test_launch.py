@@ -44,7 +44,8 @@ def test_yaml_then_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("name: a\ncuont: 1", "cuont"),
+        ("name: a\ncuont: 1", "`cuont` is not a setting. Fix: did you mean `count`"),
+        ("name: a\nzzz: 1", "`zzz` is not a setting. Fix: --help"),
         ("name: a\ncount: 5.5", "count: 5.5 is not of type int"),
         ("name: a\ncount: yes", "count: True is not of type int"),
         ("name: a\nmany: [1, 2]", r"many: \[1, 2\] is not of type"),
@@ -55,7 +56,7 @@ def test_yaml_then_command_line(tmp_path):
         ("", "no mapping of settings"),
         ("name: a\ncount: null", "count: None is not of type int"),
         ("name: a\ncount: [1]", r"count: \[1\] is not of type int"),
-        ("name: a\nmany: x", "many: 'x' is not of type"),
+        ("name: a\nmany: x", r"many: 'x' is not of type list\[str\]. Fix: `many: \[x\]`"),
         ("name: a\nrate: {a: 1}", "rate: .* is not of type float"),
     ],
 )
@@ -71,6 +72,19 @@ def test_config_that_is_missing():
         parse("--config", ".")
     with pytest.raises(UserError, match="--config needs a path"):
         parse("--config")
+
+
+def test_a_setting_that_is_none_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"`cuont` is not a setting. Fix: did you mean `count`"):
+        parse("--name", "a", "--cuont", "3")
+    with pytest.raises(UserError, match=r"`coun` is not a setting"):  # no abbreviations: they change meaning unseen
+        parse("--name", "a", "--coun", "3")
+
+
+def test_help_names_the_config_file(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "--config FILE.yaml" in capsys.readouterr().out
 
 
 def test_exit_codes(capsys):

@@ -33,5 +33,5 @@ FORMATS: dict[str, Reader] = {
 def by_name(name: str) -> Reader:
     """The reader of --format."""
     if name not in FORMATS:
-        raise UserError(f"format {name!r} is not known", fix=f"--format is one of {', '.join(FORMATS)}")
+        raise UserError(f"format {name!r} is not known", fix=f"--format is one of {', '.join(FORMATS)}, or shop")
     return FORMATS[name]
