@@ -54,7 +54,7 @@ quality: .venv/dev.stamp  ## lint and format check
 format: .venv/dev.stamp  ## mend what lint and format can mend
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: .venv/dev.stamp  ## the benchmarks of docs/performance.md (about 5 minutes on 2 quiet cores)
+bench: .venv/dev.stamp  ## the benchmarks of docs/performance.md (about 3 minutes on 2 quiet cores)
 	@$(BIN)/python benchmarks/prepare.py --output runs/bench/prepare.json
 	@$(BIN)/python benchmarks/semantic_ids.py --output runs/bench/semantic_ids.json
 

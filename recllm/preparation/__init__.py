@@ -8,7 +8,6 @@ write      items, interactions, splits, and last catalogue.json, without which a
 """
 
 from collections.abc import Iterator
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def _prepare(config: PrepareConfig, made: Path) -> dict:
         label = {
             "leave-one-out": splitting.leave_one_out,
             "official": splitting.official,
-            "time": partial(splitting.by_time, **dict(zip(("valid_from", "test_from"), boundaries or ()))),
+            "time": lambda ordered: splitting.by_time(ordered, *boundaries),
         }[config.split]
         written = writing.write_events(made, staged, buckets, label)
         splitting.refuse_empty(config, written.splits)
