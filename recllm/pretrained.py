@@ -16,6 +16,7 @@ from recllm.errors import UserError
 from recllm.files import digest, sha256_file
 
 COMPLETE = "give the name of a causal LM on the Hub, or a folder with its safetensors, config.json and tokenizer"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IDENTITY = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken")  # files that say which model it is
 
 
@@ -63,7 +64,7 @@ def _load(auto: Any, name: str, dtype: torch.dtype | str, revision: str | None) 
     if Path(name).is_dir():
         _check_weights(Path(name))
     tokenizer = load_tokenizer(name, revision)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     try:
         with _quiet():
             model, loaded = auto.from_pretrained(

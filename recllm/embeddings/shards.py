@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from recllm.embeddings.container import write_tensors
-from recllm.embeddings.processes import ALONE, Processes
+from recllm.processes import ALONE, Processes
 from recllm.errors import UserError
 from recllm.files import digest
 from recllm.progress import progress

@@ -7,24 +7,22 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from recllm.catalogue import Catalogue
+from recllm.checkpoint import REPORT, TABLE, save_items
 from recllm.errors import UserError
 from recllm.files import digest, read_object, restore_folder, write_folder_whole, write_json
 from recllm.launch import console
 from recllm.models.tiny import tiny_model, tiny_tokenizer
-from recllm.pretrained import load_causal_lm, which_model
+from recllm.pretrained import DTYPES, load_causal_lm, which_model
 from recllm.semantic_ids import SemanticIdTable
 from recllm.text import TEXT_COLUMNS, check_columns, fuse
 from recllm.tokenization import Initialisation, ItemTokens, add_tokens, behaviour_token, initialise, resize
 
 TINY = "tiny"
-REPORT = "recllm.json"
 TEXT_WORDS = 128  # of an item, for the tiny tokenizer and the cluster means: the facts stand first
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -103,14 +101,15 @@ def build_model(config: BuildModelConfig) -> Path:
     with write_folder_whole(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        table.save(folder / "semantic_ids.json")
+        table.save(folder / TABLE)
+        save_items(catalogue.items, folder)
         write_json(folder / REPORT, report)
     return output
 
 
 def _table(config: BuildModelConfig, catalogue: Catalogue) -> SemanticIdTable:
     """The index; the data folder's own must be of this preparation, a named one of the same items."""
-    path = config.semantic_ids or Path(config.data) / "semantic_ids.json"
+    path = config.semantic_ids or Path(config.data) / TABLE
     table = SemanticIdTable.load(path, expect_items_fingerprint=catalogue.items_fingerprint)
     made_from = table.report.get("made_from", {}).get("catalogue", catalogue.fingerprint)
     if config.semantic_ids is None and made_from != catalogue.fingerprint:

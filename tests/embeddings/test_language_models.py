@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from recllm.embeddings import EmbedConfig, Embeddings, HFEncoder, SentenceEncoder, embed, stage
 from recllm.embeddings.hf import batches_by_length
-from recllm.embeddings.processes import Processes
+from recllm.processes import Processes
 from recllm.embeddings.shards import encode_in_shards, shard_folder
 from recllm.errors import UserError
 

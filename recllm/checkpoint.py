@@ -1,0 +1,112 @@
+"""A checkpoint folder, whole: model, tokenizer, the items it can name and their titles, the style of its prompts.
+
+model.safetensors, config.json, tokenizer.json …   what transformers loads
+semantic_ids.json                                  item ↔ codes
+items.parquet                                      titles and facts: for people and for filters
+recllm.json                                        what it was made of, fingerprints, the prompt's style
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recllm.catalogue import ITEM_COLUMNS, read_table
+from recllm.errors import UserError
+from recllm.files import read_object, write_whole
+from recllm.pretrained import load_causal_lm, reason, which_model
+from recllm.prompting import PromptStyle, PromptWriter
+from recllm.semantic_ids import SemanticIdTable
+from recllm.tokenization import ItemTokens
+
+REPORT = "recllm.json"
+TABLE = "semantic_ids.json"
+ITEMS = "items.parquet"
+LONG_TEXT = ("description", "reviews")  # not needed to name an item or to filter
+BUILD = "make one with data_prep/build_model.py"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """`load` refuses a folder whose parts do not belong together."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    table: SemanticIdTable
+    style: PromptStyle
+    report: dict
+    items: pl.DataFrame  # one row for each item of the table, in its order
+    weights: str  # which weights: a hash of the folder's content
+
+    @classmethod
+    def load(
+        cls, name: str | Path, device: str | None = None, dtype: str | None = None, revision: str | None = None
+    ) -> "Checkpoint":
+        """A folder, or a repository on the Hub."""
+        folder = Path(name) if Path(name).is_dir() else _download(str(name), revision)
+        if not (folder / TABLE).exists():
+            raise UserError(f"holds no {TABLE}, so no item can be named", file=folder, fix=BUILD)
+        report = read_object(folder / REPORT) if (folder / REPORT).exists() else {}
+        table = SemanticIdTable.load(folder / TABLE)
+        if report.get("semantic_ids", table.fingerprint) != table.fingerprint:
+            raise UserError(
+                f"{TABLE} is not the index that the model was made with",
+                file=folder / TABLE,
+                fix="put back the one that was in the folder: its codes mean nothing to this model otherwise",
+            )
+        style = PromptStyle.read(report.get("prompt"))
+        model, tokenizer = load_causal_lm(str(folder), dtype or "auto")
+        which = which_model(str(folder))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = cls(
+            Path(name).name, model.to(device).eval(), tokenizer, table, style, report, _items(folder, table), which
+        )
+        _ = loaded.tokens  # a tokenizer without the index's tokens is refused here and not at the first question
+        return loaded
+
+    @functools.cached_property
+    def tokens(self) -> ItemTokens:
+        return ItemTokens.of(self.tokenizer, self.table)
+
+    @property
+    def writer(self) -> PromptWriter:
+        return self.writer_of(self.style)
+
+    def writer_of(self, style: PromptStyle) -> PromptWriter:
+        return PromptWriter(style, self.table, self.tokenizer)
+
+
+def save_items(items: pl.DataFrame, folder: Path) -> None:
+    """The part of items.parquet that a checkpoint carries."""
+    with write_whole(folder / ITEMS) as partial:
+        items.drop(LONG_TEXT, strict=False).write_parquet(partial)
+
+
+def _items(folder: Path, table: SemanticIdTable) -> pl.DataFrame:
+    """Facts of the table's items in its order; titles are empty where nothing is known."""
+    ours = pl.DataFrame({"item": list(table.items)})
+    if not (folder / ITEMS).exists():
+        return ours.with_columns(title=pl.lit(""))
+    items = read_table(folder / ITEMS, {"item": ITEM_COLUMNS["item"], "title": ITEM_COLUMNS["title"]})
+    return ours.join(items, on="item", how="left", maintain_order="left").with_columns(pl.col("title").fill_null(""))
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    wanted: Any = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", ITEMS]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    except HFValidationError:
+        raise UserError("no such folder", file=repository, fix="give a checkpoint folder or a Hub repository") from None
+    except Exception as error:  # no network, no such repository, no right to read it
+        raise UserError(
+            f"{repository!r} is no folder and cannot be loaded from the Hub: {reason(error)}",
+            fix="give a checkpoint folder or a Hub repository (user/name)",
+        ) from None

@@ -1,0 +1,65 @@
+"""How many prompts fit into memory at once. An estimate to start from: running out halves it, and nothing else."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from recllm.errors import UserError
+from recllm.launch import console
+
+SHARE = 0.6  # of the free memory
+CPU_BYTES = 2**28  # on a CPU, small batches stay near its caches and larger ones are no faster
+MOST = 512
+
+
+def prompts_at_once(model: PreTrainedModel, tokens: int, positions: int, branches: int, fanout: int) -> int:
+    """For prompts of `tokens`, `positions` of answers after each, `branches` of them at a time."""
+    config, bytes_each = model.config.get_text_config(), model.dtype.itemsize
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    cache = 2 * config.num_hidden_layers * kv_heads * width * (tokens + positions) * bytes_each
+    # While a layer runs: its keys and values for all heads and once more as the cache grows, and the widest activation.
+    wide = max(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size, heads * width)
+    layer = 4 * heads * width * (tokens + positions) * bytes_each + 4 * wide * max(tokens, branches) * bytes_each
+    candidates = 6 * 4 * branches * fanout
+    most = free_bytes(model.device) // max(1, cache + layer + candidates)
+    return int(max(1, min(MOST, most)))
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(SHARE * (free + unused))
+    return CPU_BYTES
+
+
+def in_batches(total: int, size: int, work: Callable[[int, int], None]) -> None:
+    """work(start, end) over 0 … total; a batch that runs out of memory is done again in halves, and so are the rest."""
+    start = 0
+    while start < total:
+        end = min(total, start + size)
+        try:
+            work(start, end)
+            start = end
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            if end - start == 1:
+                raise UserError(
+                    "one prompt alone does not fit into memory",
+                    fix="shorter histories (--max_history), fewer beams, or a smaller dtype",
+                ) from None
+            size = (end - start) // 2
+        else:
+            continue
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        console.print(f"out of memory: {size} prompts at a time from here on, with as many beams as before")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """On a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

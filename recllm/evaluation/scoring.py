@@ -1,0 +1,234 @@
+"""Predictions and a catalogue in, every figure of metrics.json out.
+
+The figures are those of `recllm.metrics`; here is only which cases they are taken over. A case is one target of the
+split; leave-one-out gives a user one, a split by time may give several, and then users, not cases, are drawn anew for
+the intervals. Every target counts, or nothing is scored: a ranker that skips the hard users gets no figure at all.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from recllm import metrics
+from recllm.catalogue import Catalogue, Split
+from recllm.errors import UserError
+from recllm.evaluation.predictions import Prediction
+from recllm.evaluation.slices import item_rows, slices_of, to_tensor, training_counts
+
+METRICS = {"recall": metrics.recall_at_k, "ndcg": metrics.ndcg_at_k, "mrr": metrics.mrr_at_k}
+KEY = ["user", "position"]
+AGAIN = "run evaluate.py again"
+
+
+def score(
+    predictions: Sequence[Prediction],
+    catalogue: Catalogue,
+    split: Split,
+    ks: Sequence[int] = (5, 10),
+    *,
+    length: int | None = None,
+    seed: int = 0,
+    file: str | Path | None = None,
+) -> dict:
+    """Plain JSON values: users, targets, metrics, intervals, lists, slices. The order of the predictions is no matter.
+
+    length  how many items each list was to have; without it, as many as the longest has (at least the largest k)
+    seed    of the bootstrap
+    file    where the predictions come from, line by line, for the sentence that refuses them
+    """
+    cases = in_order(predictions, catalogue, split, file)
+    if not len(cases):
+        raise UserError(f"the {split} split has no targets", file=catalogue.folder, fix="choose another split")
+    length = _length(predictions, ks, length, file)
+    items = item_lists(predictions, catalogue, length, file)[to_tensor(cases["line"]) - 1]  # (P, K)
+    targets = item_rows(catalogue, cases["target"])  # (P,)
+    popularity = training_counts(catalogue)  # (N,)
+    ranks = metrics.ranks(items, targets)  # (P,)
+    k = max(ks)
+    names = [f"{name}@{at}" for name in METRICS for at in ks] + ([f"recall@{length}"] if length > k else [])
+    values = {name: case_values(name, ranks) for name in names}
+    user = user_numbers(cases)  # (P,)
+    return {
+        "users": int(user.max()) + 1,
+        "targets": len(cases),
+        "metrics": {name: figure(value.mean()) for name, value in values.items()},
+        "intervals": {
+            name: [figure(end) for end in metrics.bootstrap_interval(per_user(value, user), seed=seed)]
+            for name, value in values.items()
+        },
+        "lists": list_figures(items, targets, popularity, k),
+        "slices": {
+            division.name: {
+                label: {
+                    "users": len(user[inside].unique()),
+                    "targets": int(inside.sum()),
+                    **{name: figure(values[name][inside].mean()) for name in (f"recall@{k}", f"ndcg@{k}")},
+                }
+                for number, label in enumerate(division.labels)
+                if (inside := division.member == number).any()
+            }
+            for division in slices_of(catalogue, split, popularity)
+        },
+    }
+
+
+def case_values(metric: str, ranks: Tensor) -> Tensor:
+    """The metric of that name ("ndcg@10") of each case.   (P,) -> (P,)"""
+    name, _, k = metric.partition("@")
+    return METRICS[name](ranks, int(k))
+
+
+def is_of_cases(metric: str) -> bool:
+    """Is it one of `case_values`, rather than a figure of the lists?"""
+    name, _, k = metric.partition("@")
+    return name in METRICS and k.isdecimal()
+
+
+def per_user(values: Tensor, user: Tensor) -> Tensor:
+    """v_u = (s_u − (n_u − n̄) m) / n̄, s_u the sum of user u's n_u values, n̄ and m the means.   (P,), (P,) -> (U,)
+
+    Their mean is m; where every user has one case they are its values. Drawing users, not cases, to see how sure m is
+    leaves a user's cases together (the linearised bootstrap of the ratio Σ s_u / Σ n_u).
+    """
+    cases = torch.bincount(user).double()  # (U,)
+    mean = cases.mean()
+    return (user_sums(values, user) - (cases - mean) * values.mean()) / mean
+
+
+def user_sums(values: Tensor, user: Tensor) -> Tensor:
+    """s_u = Σ of user u's values.   (P,), (P,) -> (U,)"""
+    return torch.zeros(int(user.max()) + 1, dtype=torch.double).index_add(0, user, values)
+
+
+def user_numbers(cases: pl.DataFrame) -> Tensor:
+    """0, 1, … in the order of the user ids.   -> (P,)"""
+    return to_tensor(cases["user"].rank("dense")) - 1
+
+
+def list_figures(items: Tensor, targets: Tensor, popularity: Tensor, k: int) -> dict[str, float | None]:
+    """Of the lists, whatever the target.   (P, K), (P,), (N,)"""
+    first = items[:, :k]  # (P, k)
+    bias = metrics.popularity_bias(first, popularity, targets)
+    return {
+        f"coverage@{k}": figure(metrics.coverage(first, len(popularity))),
+        f"gini@{k}": figure(metrics.gini(metrics.exposure(first, len(popularity)))),
+        f"popularity_bias@{k}": None if bias.isnan() else figure(bias),  # nothing recommended has no popularity
+        f"distinct_share@{k}": figure(metrics.distinct_share(first).mean()),
+        "validity": figure(metrics.validity_rate(items)),
+    }
+
+
+def figure(value: Tensor | float) -> float:
+    """Beyond nine places stands the order in which threads added."""
+    return round(float(value), 9)
+
+
+# ---- the predictions are those of the split, or one sentence says what is wrong
+
+
+def in_order(
+    predictions: Sequence[Prediction], catalogue: Catalogue, split: Split, file: str | Path | None = None
+) -> pl.DataFrame:
+    """user, position, target, line: one row a target, in the order of `Catalogue.targets`."""
+    wanted = catalogue.targets(split).select("user", pl.col("position").cast(pl.Int64), target="item")
+    given = pl.DataFrame(
+        {
+            "user": [prediction.user for prediction in predictions],
+            "position": [prediction.position for prediction in predictions],
+            "given": [prediction.target for prediction in predictions],
+        },
+        schema={"user": pl.String, "position": pl.Int64, "given": pl.String},
+    ).with_row_index("line", offset=1)
+    doubled = given.filter(~pl.struct(KEY).is_first_distinct())
+    _refuse(doubled, "is predicted a second time", file, "keep one line for each target")
+    foreign = given.join(wanted, on=KEY, how="anti", maintain_order="left")
+    of_another = f"is not a target of the {split} split of {catalogue.name}"
+    _refuse(foreign, of_another, file, "give the split and the prepared data that were predicted")
+    missing = wanted.join(given, on=KEY, how="anti", maintain_order="left")
+    if len(missing):
+        raise UserError(
+            f"{len(missing):,} of the {len(wanted):,} targets of the {split} split have no prediction, "
+            f"the first is {_case(missing)}",
+            file=file,
+            fix=AGAIN,
+        )
+    cases = wanted.join(given, on=KEY, how="left", maintain_order="left")
+    other = cases.filter(pl.col("target") != pl.col("given"))
+    if len(other):
+        target, wrong = other["target"][0], other["given"][0]
+        _refuse(other, f"took {target!r} by the catalogue, and the prediction says {wrong!r}", file, AGAIN)
+    return cases.drop("given")
+
+
+def item_lists(
+    predictions: Sequence[Prediction], catalogue: Catalogue, length: int, file: str | Path | None = None
+) -> Tensor:
+    """The lists as rows of the catalogue, filled up with -1.   -> (P, K)"""
+    row_of = catalogue.row_of
+    flat = np.fromiter((row_of.get(item, -1) for item in chain.from_iterable(p.items for p in predictions)), np.int64)
+    sizes = torch.tensor([len(prediction.items) for prediction in predictions])
+    if (flat < 0).any():
+        at = int(np.flatnonzero(flat < 0)[0])
+        line = int(torch.searchsorted(sizes.cumsum(0), at, right=True))
+        item = list(chain.from_iterable(p.items for p in predictions[: line + 1]))[at]
+        problem = f"user {predictions[line].user!r} is recommended {item!r}, which {catalogue.name} does not have"
+        raise UserError(problem, file=file, line=line + 1, fix="give the prepared data that were predicted")
+    items = torch.full((len(predictions), length), -1)
+    items[torch.arange(length) < sizes.unsqueeze(1)] = torch.from_numpy(flat)
+    return items
+
+
+def _length(predictions: Sequence[Prediction], ks: Sequence[int], length: int | None, file: str | Path | None) -> int:
+    sizes = [len(prediction.items) for prediction in predictions]
+    longest, k = max(sizes), max(ks)
+    if length is None:
+        return max(longest, k)
+    if length < k:
+        raise UserError(f"recall@{k} needs lists of {k} items, and they were to have {length}", fix="ask for more")
+    if longest > length:
+        line = sizes.index(longest) + 1
+        raise UserError(f"{longest} items in a list that was to have {length}", file=file, line=line, fix=AGAIN)
+    return length
+
+
+def _refuse(cases: pl.DataFrame, what: str, file: str | Path | None, fix: str) -> None:
+    if len(cases):
+        more = f" (and {len(cases) - 1:,} more like it)" if len(cases) > 1 else ""
+        line = None if file is None else cases["line"][0]
+        raise UserError(f"{_case(cases)} {what}{more}", file=file, line=line, fix=fix)
+
+
+def _case(cases: pl.DataFrame) -> str:
+    return f"user {cases['user'][0]!r} at position {cases['position'][0]}"
+
+
+# ---- to read
+
+
+def score_tables(scores: dict) -> list[Table]:
+    """The figures with their intervals, those of the lists, and the slices."""
+    title = f"{scores['users']:,} users, {scores['targets']:,} targets"
+    main = Table("metric", "value", "95 % interval", title=title, title_justify="left")
+    for name, value in scores["metrics"].items():
+        low, high = scores["intervals"][name]
+        main.add_row(name, f"{value:.4f}", f"{low:.4f} to {high:.4f}")
+    lists = Table("lists", "value", title_justify="left")
+    for name, value in scores["lists"].items():
+        lists.add_row(name.replace("_", " "), "–" if value is None else f"{value:.4f}")
+    shown = [name for name in next(iter(scores["slices"]["history length"].values())) if "@" in name]
+    slices = Table("slice", "", "targets", *shown)
+    for division, parts in scores["slices"].items():
+        for number, (label, part) in enumerate(parts.items()):
+            figures = [f"{part[name]:.4f}" for name in shown]
+            slices.add_row("" if number else division, label, f"{part['targets']:,}", *figures)
+        slices.add_section()
+    for table, labels in ((main, 1), (lists, 1), (slices, 2)):
+        for column in table.columns[labels:]:
+            column.justify = "right"
+    return [main, lists, slices]

@@ -1,0 +1,238 @@
+"""TIGER-style: a small Qwen3 from scratch that writes the next item's codes (Rajput et al. 2023, arXiv 2305.05065).
+
+Differences from the paper: 1. a causal decoder in place of T5; 2. every item of every training sequence is a target, in
+one pass over the sequence, in place of one example an item; 3. semantic IDs of any kind, by default this project's;
+4. no user token. Decoding is the project's engine, so that it is measured like every other model here.
+
+The result is an ordinary checkpoint folder.
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from recllm import metrics
+from recllm.catalogue import Catalogue
+from recllm.checkpoint import REPORT, Checkpoint
+from recllm.decoding import Decoder
+from recllm.errors import UserError
+from recllm.files import digest, read_object, write_folder_whole, write_json
+from recllm.launch import console
+from recllm.models.attention import use_fp32_attention
+from recllm.models.build import TINY, BuildModelConfig, build_model
+from recllm.prompting import PromptStyle
+from recllm.tokenization import ItemTokens
+
+TEMPLATE = "<|im_start|>{history}"
+ALGORITHM = 1  # raised when the same settings come to give another model
+
+
+@dataclass
+class TigerConfig:
+    """The defaults are those of docs/baselines.md, chosen on validation users."""
+
+    data: str = field(metadata={"help": "Prepared folder, with semantic_ids.json."})
+    output: str = field(metadata={"help": "Checkpoint folder to write."})
+    semantic_ids: str | None = field(default=None, metadata={"help": "Default: semantic_ids.json of the data folder."})
+    width: int = field(default=256, metadata={"help": "Hidden width, a multiple of 64."})
+    layers: int = field(default=4, metadata={"help": "Layers."})
+    dropout: float = field(default=0.2, metadata={"help": "On the embeddings and on what each block adds."})
+    epochs: int = field(default=12, metadata={"help": "Passes over the sequences at most."})
+    patience: int = field(default=3, metadata={"help": "Epochs without a better Recall@10 on validation users."})
+    batch: int = field(default=64, metadata={"help": "Sequences a step, of about one length."})
+    lr: float = field(default=1e-3, metadata={"help": "Highest learning rate (cosine to 0)."})
+    weight_decay: float = field(default=0.1, metadata={"help": "AdamW."})
+    validation_users: int = field(default=5000, metadata={"help": "Users of the validation split that choose."})
+    beams: int = field(default=20, metadata={"help": "Of the validation."})
+    bf16: bool | None = field(default=None, metadata={"help": "Autocast. Default: where the processor is made for it."})
+    seed: int = field(default=0, metadata={"help": "Of weights, order and dropout."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a model that was trained in another way."})
+
+    def __post_init__(self):
+        if not 0 <= self.dropout < 1 or self.lr <= 0 or self.weight_decay < 0:
+            raise UserError("dropout must be in [0, 1), lr above 0 and weight_decay not below 0")
+        for name in ("layers", "epochs", "patience", "batch", "validation_users", "beams"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def train_tiger(config: TigerConfig) -> Path:
+    """Train into `config.output`, or leave it when it was trained from the same data in the same way. Resumes."""
+    catalogue, output = Catalogue.load(config.data), Path(config.output)
+    start = _start(config, output)
+    places = ("data", "output", "semantic_ids", "overwrite")
+    settings = {name: value for name, value in vars(config).items() if name not in places}
+    made_of = digest(str(ALGORITHM), read_object(start / REPORT)["made_of"], repr(settings))
+    if (output / REPORT).exists() and not config.overwrite:
+        if read_object(output / REPORT).get("tiger", {}).get("made_of") != made_of:
+            raise UserError("the folder holds another model", file=output, fix="another --output, or --overwrite")
+        console.print(f"{output} is trained already, from the same data with the same settings.")
+        shutil.rmtree(start.parent)
+        return output
+
+    style = PromptStyle(template=TEMPLATE, max_history=catalogue.report.get("max_history") or 50)
+    checkpoint = Checkpoint.load(start)
+    add_dropout(checkpoint.model, config.dropout)
+    trainer = trainer_of(config, catalogue, checkpoint, style, start.parent / "steps")
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
+    curve = [entry for entry in trainer.state.log_history if "eval_recall@10" in entry]
+    with write_folder_whole(output) as folder:
+        shutil.copytree(start, folder, dirs_exist_ok=True)
+        checkpoint.model.save_pretrained(folder)
+        report = read_object(start / REPORT) | {
+            "prompt": {"template": style.template, "max_history": style.max_history},
+            "tiger": {"made_of": made_of, "settings": settings, "validation": curve},
+        }
+        write_json(folder / REPORT, report)
+    shutil.rmtree(start.parent)
+    return output
+
+
+def _start(config: TigerConfig, output: Path) -> Path:
+    """The untrained model, beside the output."""
+    start = output.with_name(f"{output.name}.work") / "start"
+    return build_model(
+        BuildModelConfig(
+            data=config.data, output=str(start), model=TINY, semantic_ids=config.semantic_ids, initialise="random",
+            tiny_width=config.width, tiny_layers=config.layers, tiny_vocabulary=512, seed=config.seed,
+            overwrite=config.overwrite,
+        )
+    )  # fmt: skip
+
+
+class NextItemTrainer(Trainer):
+    """Only the evaluation differs from Trainer: Recall and NDCG of constrained beams, in place of a loss."""
+
+    def __init__(self, *args, validation: "Validation", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.validation = validation
+
+    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        figures = {f"{metric_key_prefix}_{name}": value for name, value in self.validation(self.model).items()}
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """Figures of a model on fixed validation users."""
+
+    tokens: ItemTokens
+    prompts: list[list[int]]
+    targets: Tensor  # (P,) rows of the table
+    prefix: tuple[int, ...]
+    beams: int
+
+    @classmethod
+    def of(
+        cls, catalogue: Catalogue, checkpoint: Checkpoint, style: PromptStyle, users: int, beams: int
+    ) -> "Validation":
+        cases = catalogue.targets("valid", style.max_history)
+        if cases.is_empty():
+            raise UserError("there is no validation target to choose an epoch by", file=catalogue.folder)
+        cases = cases.sample(min(users, len(cases)), seed=0)  # the same users whatever the run's seed
+        table, writer = checkpoint.table, checkpoint.writer_of(style)
+        targets = torch.tensor([table.row_of[item] for item in cases["item"].to_list()])
+        prompts = writer.ids(cases["history"].to_list())
+        return cls(checkpoint.tokens, prompts, targets, writer.prefix, min(beams, len(table)))
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        training = model.training
+        found = Decoder(model, self.tokens, prefix=self.prefix).beams(self.prompts, self.beams)
+        model.train(training)
+        ranks = metrics.ranks(found.rows, self.targets)
+        return {
+            "recall@10": float(metrics.recall_at_k(ranks, 10).mean()),
+            "ndcg@10": float(metrics.ndcg_at_k(ranks, 10).mean()),
+        }
+
+
+def trainer_of(
+    config: TigerConfig, catalogue: Catalogue, checkpoint: Checkpoint, style: PromptStyle, folder: Path
+) -> NextItemTrainer:
+    sequences = sequences_of(catalogue, checkpoint, style)
+    cpu = not torch.cuda.is_available()
+    bf16 = config.bf16 if config.bf16 is not None else made_for_bf16()
+    if bf16 and cpu:
+        use_fp32_attention(checkpoint.model)
+    steps = -(-len(sequences) // config.batch)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=config.batch,
+        num_train_epochs=config.epochs,
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(200, steps),
+        weight_decay=config.weight_decay,
+        adam_beta2=0.98,
+        train_sampling_strategy="group_by_length",
+        bf16=bf16,
+        use_cpu=cpu,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="recall@10",
+        greater_is_better=True,
+        logging_steps=max(1, steps // 2),
+        report_to="none",
+        seed=config.seed,
+        dataloader_pin_memory=not cpu,
+    )
+    validation = Validation.of(catalogue, checkpoint, style, config.validation_users, config.beams)
+    dataset = Dataset.from_dict({"input_ids": sequences, "length": [len(ids) for ids in sequences]})
+    return NextItemTrainer(
+        model=checkpoint.model,
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(0)),  # Trainer insists on one; `validation` holds the users
+        data_collator=pad_right,
+        callbacks=[EarlyStoppingCallback(config.patience)],
+        validation=validation,
+    )
+
+
+def sequences_of(catalogue: Catalogue, checkpoint: Checkpoint, style: PromptStyle) -> list[list[int]]:
+    """Training sequences as the prompts of their items, in pieces of what a prompt may hold and one target more."""
+    size = style.max_history + 1
+    histories = catalogue.training_sequences()["items"].to_list()
+    pieces = [items[start : start + size] for items in histories for start in range(0, len(items), size)]
+    style = PromptStyle(template=style.template, separator=style.separator, max_history=size)
+    return checkpoint.writer_of(style).ids(pieces)
+
+
+def pad_right(rows: list[dict]) -> dict[str, Tensor]:
+    """input_ids, and labels that leave the padding out; no mask is needed, since what follows is not seen. (B, T)"""
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {"input_ids": pad(ids, batch_first=True), "labels": pad(ids, batch_first=True, padding_value=-100)}
+
+
+def add_dropout(model: PreTrainedModel, share: float) -> None:
+    """On the embeddings and on what attention and MLP add to the stream: Qwen3 has none of its own."""
+
+    def drop(module, inputs, output):
+        if not module.training:
+            return output
+        if isinstance(output, tuple):
+            return (torch.nn.functional.dropout(output[0], share), *output[1:])
+        return torch.nn.functional.dropout(output, share)
+
+    model.get_input_embeddings().register_forward_hook(drop)
+    for layer in model.get_decoder().layers:
+        layer.self_attn.register_forward_hook(drop)
+        layer.mlp.register_forward_hook(drop)
+
+
+def made_for_bf16() -> bool:
+    """CUDA devices since Ampere, and processors with AMX tiles; on others bf16 is slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported()

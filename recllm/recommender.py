@@ -1,0 +1,148 @@
+"""Recommend with a checkpoint: histories in, items with titles and scores out.
+
+recommender = Recommender.from_pretrained("runs/mine/model")
+for one in recommender.recommend(["B0042", "B0007"], k=5, filter={"brand": "Nord"}):
+    print(one.item, one.title, one.score)
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from recllm.checkpoint import Checkpoint
+from recllm.decoding import Answers, Decoder, Normaliser
+from recllm.errors import UserError
+
+Filter = Mapping[str, object] | pl.Expr
+BEAMS = 20  # fewer are not wanted even for a short list: a good item's first code may be the fifth best
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    item: str
+    title: str
+    score: float  # log-probability
+
+
+class Recommender:
+    """A checkpoint and its engine. Thread-safe to read; one question at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, normaliser: Normaliser = "level", batch_size: int | None = None):
+        self.checkpoint = checkpoint
+        self.writer = checkpoint.writer
+        self.decoder = Decoder(
+            checkpoint.model,
+            checkpoint.tokens,
+            normaliser=normaliser,
+            prefix=self.writer.prefix,
+            batch_size=batch_size,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        normaliser: Normaliser = "level",
+    ) -> "Recommender":
+        """A checkpoint folder or a Hub repository; on CUDA if there is one."""
+        return cls(Checkpoint.load(path_or_repo, device, dtype, revision), normaliser)
+
+    def recommend(
+        self,
+        history: Sequence[str] | Sequence[Sequence[str]],
+        k: int = 10,
+        mode: Literal["direct"] = "direct",
+        *,
+        beams: int | None = None,
+        exclude: Iterable[str] | Literal["history"] | None = None,
+        filter: Filter | None = None,
+    ) -> list[Recommendation] | list[list[Recommendation]]:
+        """The k best items for one history (item ids, oldest first) or for each of several.
+
+        exclude   items never to show, or "history": none that the user has taken already
+        filter    {"brand": "Nord", "categories": ["Shoes", "Socks"]} (any of them), or a polars expression over
+                  the item columns; decoding stays among the items that pass, so k of them come back if there are k
+        beams     width of the search, by default 20 or k
+        """
+        if mode != "direct":
+            raise UserError(f"mode {mode!r} is not one of direct")
+        single = not history or isinstance(history, str) or isinstance(history[0], str)
+        histories = [history] if single else history
+        found = self.ranked(histories, k, beams, exclude, filter)
+        lists = [self._named(rows, scores) for rows, scores in zip(found.rows.tolist(), found.scores.tolist())]
+        return lists[0] if single else lists
+
+    def ranked(
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int,
+        beams: int | None = None,
+        exclude: Iterable[str] | Literal["history"] | None = None,
+        filter: Filter | None = None,
+    ) -> Answers:
+        """The same as rows of the checkpoint's table."""
+        table = self.checkpoint.table
+        allowed = self.allowed(filter, () if exclude in (None, "history") else exclude)
+        possible = len(table) if allowed is None else int(allowed.sum())
+        if not 1 <= k <= possible:
+            raise UserError(f"k = {k} with {possible:,} items to recommend", fix=f"1 to {possible:,}")
+        if beams is not None and beams < k:
+            raise UserError(f"{beams} beams cannot give {k} items", fix=f"--beams {k} or more")
+        prompts = self.writer.ids(histories)
+        own = [[table.row_of[item] for item in history] for history in histories] if exclude == "history" else None
+        found = self.decoder.beams(prompts, beams or max(k, min(BEAMS, possible)), allowed, own)
+        return Answers(found.rows[:, :k], found.codes[:, :k], found.scores[:, :k])
+
+    def allowed(self, filter: Filter | None, exclude: Iterable[str] = ()) -> Tensor | None:
+        """Which items may be shown, None for all. (N,) bool"""
+        excluded = list(exclude)
+        if filter is None and not excluded:
+            return None
+        passes = pl.lit(True) if filter is None else filter if isinstance(filter, pl.Expr) else self._expression(filter)
+        table = self.checkpoint.table
+        if unknown := [item for item in excluded if item not in table]:
+            raise UserError(f"the model knows no item {unknown[0]!r} to exclude", fix="leave it out")
+        try:
+            mask = self.checkpoint.items.select(passes.fill_null(False).alias("passes")).to_series()
+        except pl.exceptions.PolarsError as error:
+            raise UserError(f"the filter does not fit the items: {error}", fix=self._columns()) from None
+        allowed = torch.tensor(mask.to_list()).expand(len(table)).clone()
+        allowed[[table.row_of[item] for item in excluded]] = False
+        if not bool(allowed.any()):
+            raise UserError("the filter leaves no item to recommend", fix="loosen it")
+        return allowed
+
+    def _expression(self, filter: Mapping[str, object]) -> pl.Expr:
+        items, passes = self.checkpoint.items, pl.lit(True)
+        for column, wanted in filter.items():
+            if column not in items.columns:
+                near = difflib.get_close_matches(column, items.columns, n=1)
+                raise UserError(
+                    f"items have no column {column!r} to filter by",
+                    fix=f"did you mean {near[0]!r}?" if near else self._columns(),
+                )
+            wanted = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted)
+            if isinstance(items.schema[column], pl.List):
+                passes &= pl.any_horizontal(
+                    [pl.col(column).list.contains(value) for value in wanted] or [pl.lit(False)]
+                )
+            else:
+                passes &= pl.col(column).cast(pl.String).is_in([str(value) for value in wanted])
+        return passes
+
+    def _columns(self) -> str:
+        return f"columns of the items: {', '.join(self.checkpoint.items.columns)}"
+
+    def _named(self, rows: Sequence[int], scores: Sequence[float]) -> list[Recommendation]:
+        titles, items = self.checkpoint.items["title"], self.checkpoint.table.items
+        return [Recommendation(items[row], titles[row], score) for row, score in zip(rows, scores) if row >= 0]
