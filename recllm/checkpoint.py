@@ -51,6 +51,8 @@ class Checkpoint:
         folder = Path(name) if Path(name).is_dir() else _download(str(name), revision)
         if not (folder / TABLE).exists():
             raise UserError(f"holds no {TABLE}, so no item can be named", file=folder, fix=BUILD)
+        if not (folder / "config.json").exists():
+            raise UserError("holds items and no model: it is prepared data, not a checkpoint", file=folder, fix=BUILD)
         report = read_object(folder / REPORT) if (folder / REPORT).exists() else {}
         table = SemanticIdTable.load(folder / TABLE)
         if report.get("semantic_ids", table.fingerprint) != table.fingerprint:

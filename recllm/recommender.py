@@ -95,7 +95,8 @@ class Recommender:
         allowed = self.allowed(filter, () if exclude in (None, "history") else exclude)
         possible = len(table) if allowed is None else int(allowed.sum())
         if not 1 <= k <= possible:
-            raise UserError(f"k = {k} with {possible:,} items to recommend", fix=f"1 to {possible:,}")
+            left = f"the filter leaves {possible:,} items" if possible < len(table) else f"there are {possible:,} items"
+            raise UserError(f"k = {k}, and {left}", fix=f"a k of 1 to {possible:,}")
         if beams is not None and beams < k:
             raise UserError(f"{beams} beams cannot give {k} items", fix=f"--beams {k} or more")
         prompts = self.writer.ids(histories)

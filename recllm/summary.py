@@ -100,3 +100,14 @@ def model_table(folder: Path) -> Table:
             "index": report["semantic_ids"][:16],
         },
     )
+
+
+def recommendations_table(title: str, rows: list[tuple[str, str, float | None]]) -> Table:
+    """item, title, score (or none) of each, numbered."""
+    table = Table("", "item", "title", title=title, title_justify="left", box=None, pad_edge=False)
+    scored = any(score is not None for _, _, score in rows)
+    if scored:
+        table.add_column("log p", justify="right")
+    for number, (item, name, score) in enumerate(rows, 1):
+        table.add_row(f"{number}.", item, name, *([f"{score:.2f}"] if scored else []))
+    return table

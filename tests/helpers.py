@@ -1,8 +1,9 @@
-"""A prepared folder made by hand, so that a test of a later stage needs no preparation stage and reads what it sees."""
+"""Prepared folders and checkpoints made by hand: a test of a later stage needs no earlier one."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from recllm.catalogue import INTERACTION_COLUMNS, ITEM_COLUMNS, SPLIT_COLUMNS, Catalogue, fingerprint_items
@@ -53,3 +54,29 @@ def write_catalogue(
         },
     )
     return Catalogue.load(folder)
+
+
+def write_small_model(folder: str | Path, items: int = 12, users: int = 30, seed: int = 0) -> tuple[Path, Path]:
+    """A catalogue of brands and categories with semantic IDs, and a tiny untrained checkpoint of it: (data, model)."""
+    from recllm.models.build import BuildModelConfig, build_model
+    from recllm.semantic_ids import SemanticIdTable
+
+    data, random = Path(folder) / "data", np.random.default_rng(seed)
+    names = [f"i{number}" for number in range(items)]
+    rows = [
+        {"item": name, "title": f"Thing {n}", "brand": "AB"[n % 2], "categories": ["x", "y"] if n % 3 > 1 else ["x"]}
+        for n, name in enumerate(names)
+    ]
+    sequences = {f"u{user:03d}": random.permutation(names)[: random.integers(3, 8)].tolist() for user in range(users)}
+    catalogue = write_catalogue(data, rows, sequences)
+    codes = np.array([[number // 4, number % 4] for number in range(items)], np.int32)
+    codes[-1, 1] = -1 if items % 4 == 1 else codes[-1, 1]  # one item of its own branch ends early
+    SemanticIdTable(tuple(names), codes, (4 + items // 4, 4), items_fingerprint=catalogue.items_fingerprint).save(
+        data / "semantic_ids.json"
+    )
+    model = build_model(
+        BuildModelConfig(
+            data=str(data), output=str(Path(folder) / "model"), tiny_width=64, tiny_layers=2, tiny_vocabulary=512
+        )
+    )  # fmt: skip
+    return data, model

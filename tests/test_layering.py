@@ -19,6 +19,7 @@ LAYERS = [  # a module may import modules of earlier lines, and of its own packa
     {"recommender", "vllm_processor", "evaluation"},
     {"baselines"},
     {"models"},
+    {"yardstick"},
     {"summary"},
     {"demo"},
     {"cli"},

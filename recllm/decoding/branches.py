@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from recllm.decoding.attention import attending_in_groups
 from recllm.decoding.prompts import PromptBatch
 
 
@@ -84,7 +85,7 @@ class TreeBranches(Branches):
 
     def __init__(self, model: PreTrainedModel, batch: PromptBatch):
         super().__init__(model, batch)
-        self.eager = model.config._attn_implementation == "eager"
+        self.model = model
         self.ancestors = self.seen.new_zeros(len(self.seen), 1, 0)  # (P, B, positions after the prompt)
 
     def _advance(self, tokens: Tensor, parents: Tensor) -> Tensor:
@@ -93,18 +94,19 @@ class TreeBranches(Branches):
         own = torch.eye(branches, dtype=torch.bool, device=tokens.device).expand(prompts, -1, -1)
         self.ancestors = torch.cat([inherited, own], dim=2)
         prompt = self.seen.unsqueeze(1).expand(-1, branches, -1)
-        mask = torch.cat([prompt, self.ancestors], dim=2).unsqueeze(1)  # (P, 1, B, T + positions)
-        if self.eager:  # it adds the mask to the scores; the others take a bool
-            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
+        sees = torch.cat([prompt, self.ancestors], dim=2).unsqueeze(1)  # (P, 1, B, T + positions)
+        # Added to the scores: what every kind of attention takes, and made once a step rather than in every layer.
+        mask = torch.zeros_like(sees, dtype=self.dtype).masked_fill(~sees, torch.finfo(self.dtype).min)
         positions = (self.lengths + self.depth).unsqueeze(1).expand(-1, branches)
         self.depth += 1
-        return self.body(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+        with attending_in_groups(self.model):
+            return self.body(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
 
 
 class ExpandedBranches(Branches):

@@ -14,6 +14,7 @@ from recllm.decoding.memory import in_batches, prompts_at_once
 from recllm.decoding.prompts import PromptBatch
 from recllm.decoding.search import NONE, Found, Walk, beams, distinct_samples, samples
 from recllm.errors import UserError
+from recllm.files import digest
 from recllm.tokenization import ItemTokens
 from recllm.trie import SemanticIdTrie
 
@@ -86,7 +87,7 @@ class Decoder:
         levels, device = self.trie.levels, self.trie.rows.device
 
         def draw(walk: Walk, places: Sequence[int]) -> Found:
-            generators = [torch.Generator().manual_seed((seed << 32) + place) for place in places]
+            generators = [_generator(seed, place) for place in places]
             if replacement:
                 uniform = torch.stack([torch.rand(answers, levels, generator=g) for g in generators])
                 return samples(walk, uniform.to(device), temperature, top_p)
@@ -160,6 +161,11 @@ class Decoder:
         return Answers(
             rows, trie.codes_of_leaves(leaves.clamp(min=0)).masked_fill(none.unsqueeze(-1), -1), scores, logps
         )
+
+
+def _generator(seed: int, place: int) -> torch.Generator:
+    """One for each prompt. torch keeps the last 32 bits of a seed, so the two numbers are hashed into them."""
+    return torch.Generator().manual_seed(int(digest(str(seed), str(place))[:8], 16))
 
 
 def beam_search(

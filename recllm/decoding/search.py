@@ -154,7 +154,7 @@ def samples(walk: Walk, uniform: Tensor, temperature: float = 1.0, top_p: float 
         cumulated = cumulated / cumulated[..., -1:].clamp(min=1e-30)
         possible = logps > NONE
         chosen = torch.searchsorted(
-            cumulated.expand(-1, answers, -1).contiguous(), uniform[:, :, depth, None], right=True
+            cumulated.expand(-1, answers, -1).contiguous(), uniform[:, :, depth, None].contiguous(), right=True
         )
         last = possible.size(-1) - 1 - possible.flip(-1).long().argmax(dim=-1, keepdim=True)
         chosen = torch.minimum(chosen, last.expand(-1, answers, -1))  # (P, G, 1)

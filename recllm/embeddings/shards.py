@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from recllm.embeddings.container import write_tensors
-from recllm.processes import ALONE, Processes
 from recllm.errors import UserError
 from recllm.files import digest
+from recllm.processes import ALONE, Processes
 from recllm.progress import progress
 
 SHARD = 1024  # items; what a kill can lose, times the processes

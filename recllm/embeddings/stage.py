@@ -11,7 +11,6 @@ from recllm.embeddings.collaborative import CollaborativeEncoder, hash_events
 from recllm.embeddings.container import FILE_NAME, Embeddings, read_about
 from recllm.embeddings.fusion import centred, fuse_vectors
 from recllm.embeddings.hf import HFEncoder, Pooling
-from recllm.processes import Processes, processes
 from recllm.embeddings.sentence import SentenceEncoder
 from recllm.embeddings.shards import TextEncoder, encode_in_shards, remove_shards, shard_folder
 from recllm.embeddings.tfidf import TfidfEncoder
@@ -19,6 +18,7 @@ from recllm.embeddings.vllm_pooling import VLLMEncoder
 from recllm.errors import UserError
 from recllm.files import digest
 from recllm.launch import console
+from recllm.processes import Processes, processes
 from recllm.text import TEXT_COLUMNS, TEXT_SOURCES, item_texts
 
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from recllm.embeddings import EmbedConfig, Embeddings, HFEncoder, SentenceEncoder, embed, stage
 from recllm.embeddings.hf import batches_by_length
-from recllm.processes import Processes
 from recllm.embeddings.shards import encode_in_shards, shard_folder
 from recllm.errors import UserError
+from recllm.processes import Processes
 
 WORDS = ["red", "blue", "tea", "cup", "rubber", "hose", "garden", "brass", "light", "old"]
 

@@ -1,0 +1,158 @@
+"""A checkpoint recommends: the engine's order, with titles, filters, exclusions and clear refusals."""
+
+import json
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from helpers import write_small_model
+
+from recllm import Recommender, SemanticIdTable, cli
+from recllm.checkpoint import Checkpoint
+from recllm.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_small_model(tmp_path_factory.mktemp("recommend"))
+
+
+@pytest.fixture(scope="module")
+def recommender(folders) -> Recommender:
+    return Recommender.from_pretrained(folders[1], device="cpu")
+
+
+def test_all_items_in_the_order_of_their_probability(recommender):
+    found = recommender.recommend(["i1", "i2"], k=12)
+    checkpoint = recommender.checkpoint
+    (prompt,) = checkpoint.writer.ids([["i1", "i2"]])
+    scores = []
+    for item in checkpoint.table.items:  # over each level's codes, by plain forward passes
+        ids, score = list(prompt), 0.0
+        for level, token in enumerate(checkpoint.tokens.ids_of(item)):
+            with torch.no_grad():
+                logits = checkpoint.model(torch.tensor([ids])).logits[0, -1]
+            score += float(logits[token] - logits[checkpoint.tokens.levels[level]].logsumexp(0))
+            ids.append(token)
+        scores.append(score)
+    order = np.argsort(scores)[::-1]
+    assert [one.item for one in found] == [checkpoint.table.items[row] for row in order]
+    assert [one.score for one in found] == pytest.approx(sorted(scores, reverse=True), abs=1e-4)
+    assert found[0].title == f"Thing {order[0]}"
+
+
+def test_several_histories_give_the_lists_of_each(recommender):
+    one, two = recommender.recommend([["i1", "i2"], ["i5"]], k=4)
+    assert [r.item for r in one] == [r.item for r in recommender.recommend(["i1", "i2"], k=4)]
+    assert [r.item for r in two] == [r.item for r in recommender.recommend(["i5"], k=4)]
+
+
+def test_filters_by_column_list_and_expression(recommender):
+    everything = [one.item for one in recommender.recommend(["i1"], k=12)]
+
+    def items(**settings):
+        return [one.item for one in recommender.recommend(["i1"], **settings)]
+
+    brand_a = [item for item in everything if int(item[1:]) % 2 == 0]
+    assert items(k=6, filter={"brand": "A"}) == brand_a
+    assert items(k=12, filter={"brand": ["A", "B"]}) == everything
+    assert items(k=4, filter={"categories": "y"}) == [item for item in everything if int(item[1:]) % 3 > 1]
+    assert items(k=6, filter=pl.col("brand") == "A") == brand_a
+    assert items(k=2, filter={"brand": "A", "categories": ["y"]}) == [i for i in brand_a if int(i[1:]) % 3 > 1]
+
+
+def test_exclusions(recommender):
+    everything = [one.item for one in recommender.recommend(["i1", "i2"], k=12)]
+    found = recommender.recommend(["i1", "i2"], k=10, exclude="history")
+    assert [one.item for one in found] == [item for item in everything if item not in ("i1", "i2")]
+    found = recommender.recommend(["i1", "i2"], k=9, exclude=everything[:3])
+    assert [one.item for one in found] == everything[3:]
+
+
+@pytest.mark.parametrize(
+    ("history", "settings", "sentence"),
+    [
+        (["i1", "unheard"], {}, "knows no item 'unheard'"),
+        ([], {}, "the history is empty"),
+        (["i1"], {"k": 13}, "k = 13, and there are 12 items"),
+        (["i1"], {"k": 0}, "k = 0"),
+        (["i1"], {"k": 7, "filter": {"brand": "A"}}, "k = 7, and the filter leaves 6 items"),
+        (["i1"], {"k": 5, "beams": 3}, "3 beams cannot give 5 items"),
+        (["i1"], {"filter": {"brand": "Z"}}, "leaves no item"),
+        (["i1"], {"filter": {"brnd": "A"}}, "did you mean 'brand'"),
+        (["i1"], {"filter": pl.col("price") > 3}, "the filter does not fit the items"),
+        (["i1"], {"exclude": ["unheard"]}, "no item 'unheard' to exclude"),
+        (["i1"], {"mode": "think"}, "mode 'think'"),
+    ],
+)
+def test_bad_input_is_one_sentence(recommender, history, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        recommender.recommend(history, **{"k": 3} | settings)
+
+
+def test_a_history_beyond_the_context_is_said(folders, tmp_path):
+    """The style's max_history cuts histories; one that cuts too late meets the model's own limit."""
+    shutil.copytree(folders[1], tmp_path / "model")
+    report = json.loads((tmp_path / "model" / "recllm.json").read_text())
+    report["prompt"] = {"template": "{history}", "max_history": 5000}
+    (tmp_path / "model" / "recllm.json").write_text(json.dumps(report))
+    patient = Recommender.from_pretrained(tmp_path / "model")
+    assert len(patient.recommend(["i1"] * 2000, k=3)) == 3
+    with pytest.raises(UserError, match=r"5,000 tokens .* do not fit the model's context of 4,096"):
+        patient.recommend(["i1"] * 2500, k=3)
+
+
+def test_an_index_that_is_not_the_models_is_refused(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "model")
+    path = tmp_path / "model" / "semantic_ids.json"
+    table = SemanticIdTable.load(path)
+    SemanticIdTable(table.items, table.codes[::-1].copy(), table.sizes).save(path)
+    with pytest.raises(UserError, match="is not the index that the model was made with"):
+        Recommender.from_pretrained(tmp_path / "model")
+
+
+def test_folders_that_are_no_checkpoint_are_named(folders, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        Recommender.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(UserError, match="prepared data, not a checkpoint"):
+        Recommender.from_pretrained(folders[0])
+    with pytest.raises(UserError, match=r"no semantic_ids\.json"):
+        Recommender.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_without_titles_still_recommends(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "model")
+    (tmp_path / "model" / "items.parquet").unlink()
+    found = Recommender.from_pretrained(tmp_path / "model").recommend(["i1"], k=2)
+    assert [one.title for one in found] == ["", ""]
+
+
+def test_a_checkpoint_carries_what_filters_need_and_no_long_text(folders):
+    assert set(Checkpoint.load(folders[1]).items.columns) == {"item", "title", "brand", "categories"}
+
+
+def test_the_command_prints_a_list(folders, recommender, monkeypatch, capsys):
+    best = recommender.recommend(["i1", "i2"], k=2, filter={"brand": "B"})
+    command = ["recllm", "recommend", "--model", str(folders[1]), "--history", "i1", "i2", "--k", "2"]
+    monkeypatch.setattr("sys.argv", [*command, "--filter", "brand=B"])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert "Thing 1" in printed
+    assert printed.index(best[0].item) < printed.index(best[1].item)
+    monkeypatch.setattr("sys.argv", [*command, "--filter", "brand=B", "--json"])
+    cli.main()
+    assert [json.loads(line)["item"] for line in capsys.readouterr().out.splitlines()] == [one.item for one in best]
+
+
+def test_the_command_refuses_in_one_line(folders, monkeypatch, capsys):
+    command = ["recllm", "recommend", "--model", str(folders[1]), "--history"]
+    for more, sentence in ((["zz"], "knows no item 'zz'"), (["i1", "--filter", "brand"], "is not column=value")):
+        monkeypatch.setattr("sys.argv", [*command, *more])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert error.count("\n") == 1
