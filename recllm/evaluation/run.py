@@ -7,7 +7,7 @@ from pathlib import Path
 from recllm.catalogue import Catalogue, Split
 from recllm.errors import UserError
 from recllm.evaluation import predictions
-from recllm.evaluation.predicting import cases_of, clear_parts, predict
+from recllm.evaluation.predicting import BLOCK, cases_of, clear_parts, predict
 from recllm.evaluation.ranking import Ranker
 from recllm.evaluation.scoring import score
 from recllm.files import digest, make_folder, read_object, write_json
@@ -38,7 +38,7 @@ class Protocol:
 
 def evaluate_ranker(
     name: str, ranker: Ranker, catalogue: Catalogue, protocol: Protocol, folder: str | Path, *,
-    seed: int = 0, overwrite: bool = False, group: Processes = ALONE,
+    seed: int = 0, overwrite: bool = False, group: Processes = ALONE, block: int = BLOCK,
 ) -> dict | None:  # fmt: skip
     """The content of metrics.json on process 0, None on the others. Resumes; the same run again returns at once."""
     folder = Path(folder)
@@ -53,18 +53,19 @@ def evaluate_ranker(
         "seed": seed,
         "versions": {library: version(library) for library in LIBRARIES},
     }
+    begun = {"run": _identity(run), "block": block}  # what the finished parts are parts of
     # Every process looks, so that all stop at the same sentence; then the first one changes the folder.
     if not overwrite and (done := _finished(folder, run)) is not None:
         console.print(f"{folder} is evaluated already, the same run.")
         return done if group.first else None
     if not overwrite:
-        _refuse_another(folder, run)
+        _refuse_another(folder, begun)
     cases = cases_of(catalogue, protocol.split, protocol.max_history)
     group.wait()
     if group.first:
-        _begin(folder, run, overwrite)
+        _begin(folder, begun, overwrite)
     group.wait()
-    path = predict(ranker, catalogue, cases, protocol.length, folder, group)
+    path = predict(ranker, catalogue, cases, protocol.length, folder, group, block)
     if path is None:
         return None
     figures = score(predictions.read(path), catalogue, protocol.split, protocol.k, length=protocol.length, file=path)
@@ -74,11 +75,10 @@ def evaluate_ranker(
     return result
 
 
-def _refuse_another(folder: Path, run: dict) -> None:
+def _refuse_another(folder: Path, begun: dict) -> None:
     if (folder / METRICS).exists():
         raise UserError("the folder holds another evaluation", file=folder, fix="another --output, or --overwrite")
-    begun = read_object(folder / SETTINGS) if (folder / SETTINGS).exists() else None
-    if begun is not None and begun.get("run") != _identity(run):
+    if (folder / SETTINGS).exists() and read_object(folder / SETTINGS) != begun:
         raise UserError(
             "an evaluation with other settings was begun in this folder",
             file=folder,
@@ -86,13 +86,13 @@ def _refuse_another(folder: Path, run: dict) -> None:
         )
 
 
-def _begin(folder: Path, run: dict, overwrite: bool) -> None:
+def _begin(folder: Path, begun: dict, overwrite: bool) -> None:
     make_folder(folder)
     if overwrite or not (folder / SETTINGS).exists():
         clear_parts(folder)
         for name in (METRICS, predictions.FILE):
             (folder / name).unlink(missing_ok=True)
-        write_json(folder / SETTINGS, {"run": _identity(run)})
+        write_json(folder / SETTINGS, begun)
 
 
 def _finished(folder: Path, run: dict) -> dict | None:

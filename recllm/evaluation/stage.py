@@ -9,6 +9,7 @@ from recllm.checkpoint import Checkpoint
 from recllm.decoding import Normaliser
 from recllm.errors import UserError
 from recllm.evaluation.direct import DirectRanker
+from recllm.evaluation.predicting import BLOCK
 from recllm.evaluation.run import Protocol, evaluate_ranker
 from recllm.pretrained import DTYPES
 from recllm.processes import processes
@@ -33,12 +34,15 @@ class EvaluateConfig:
     name: str | None = field(default=None, metadata={"help": "Of the row in compare.py. Default: the model's folder."})
     seed: int = field(default=0, metadata={"help": "Of the training run, for compare.py; the search draws nothing."})
     batch_size: int | None = field(default=None, metadata={"help": "Users at once. Default: what memory allows."})
+    block: int = field(default=BLOCK, metadata={"help": "Users that a process finishes at once: what a kill can lose."})
     dtype: str | None = field(default=None, metadata={"help": f"{', '.join(DTYPES)}. Default: as stored."})
     overwrite: bool = field(default=False, metadata={"help": "Begin anew in a folder that holds another evaluation."})
 
     def __post_init__(self):
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UserError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.block < 1:
+            raise UserError(f"block must be at least 1, got {self.block}")
         if self.max_history is not None and self.max_history < 1:
             raise UserError(f"max_history must be at least 1, got {self.max_history}")
         self.protocol()
@@ -58,5 +62,5 @@ def evaluate(config: EvaluateConfig) -> dict | None:
         name = config.name or Path(config.model).name
         return evaluate_ranker(
             name, ranker, catalogue, config.protocol(), config.output, seed=config.seed,
-            overwrite=config.overwrite, group=group,
+            overwrite=config.overwrite, group=group, block=config.block,
         )  # fmt: skip

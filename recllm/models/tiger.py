@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from recllm import metrics
@@ -43,6 +43,9 @@ class TigerConfig:
     width: int = field(default=256, metadata={"help": "Hidden width, a multiple of 64."})
     layers: int = field(default=4, metadata={"help": "Layers."})
     dropout: float = field(default=0.2, metadata={"help": "On the embeddings and on what each block adds."})
+    item_dropout: float = field(
+        default=0.0, metadata={"help": "Share of the items left out of a sequence, anew each time."}
+    )
     epochs: int = field(default=12, metadata={"help": "Passes over the sequences at most."})
     patience: int = field(default=3, metadata={"help": "Epochs without a better Recall@10 on validation users."})
     batch: int = field(default=64, metadata={"help": "Sequences a step, of about one length."})
@@ -55,8 +58,8 @@ class TigerConfig:
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that was trained in another way."})
 
     def __post_init__(self):
-        if not 0 <= self.dropout < 1 or self.lr <= 0 or self.weight_decay < 0:
-            raise UserError("dropout must be in [0, 1), lr above 0 and weight_decay not below 0")
+        if not 0 <= self.dropout < 1 or not 0 <= self.item_dropout < 1 or self.lr <= 0 or self.weight_decay < 0:
+            raise UserError("dropout and item_dropout must be in [0, 1), lr above 0 and weight_decay not below 0")
         for name in ("layers", "epochs", "patience", "batch", "validation_users", "beams"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -106,12 +109,24 @@ def _start(config: TigerConfig, output: Path) -> Path:
     )  # fmt: skip
 
 
+class BarOnStderr(ProgressCallback):
+    """The bar alone: ProgressCallback prints every log to standard output, which is for results."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and "eval_recall@10" in (logs or {}):
+            console.print(
+                f"epoch {logs['epoch']:.0f}: validation Recall@10 {logs['eval_recall@10']:.4f}", highlight=False
+            )
+
+
 class NextItemTrainer(Trainer):
     """Only the evaluation differs from Trainer: Recall and NDCG of constrained beams, in place of a loss."""
 
     def __init__(self, *args, validation: "Validation", **kwargs):
         super().__init__(*args, **kwargs)
         self.validation = validation
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(BarOnStderr)
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         figures = {f"{metric_key_prefix}_{name}": value for name, value in self.validation(self.model).items()}
@@ -178,6 +193,7 @@ def trainer_of(
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,
+        disable_tqdm=False,
         load_best_model_at_end=True,
         metric_for_best_model="recall@10",
         greater_is_better=True,
@@ -193,7 +209,7 @@ def trainer_of(
         args=arguments,
         train_dataset=dataset,
         eval_dataset=dataset.select(range(0)),  # Trainer insists on one; `validation` holds the users
-        data_collator=pad_right,
+        data_collator=Collator(config.item_dropout, checkpoint.tokens.levels[0]),
         callbacks=[EarlyStoppingCallback(config.patience)],
         validation=validation,
     )
@@ -208,11 +224,26 @@ def sequences_of(catalogue: Catalogue, checkpoint: Checkpoint, style: PromptStyl
     return checkpoint.writer_of(style).ids(pieces)
 
 
-def pad_right(rows: list[dict]) -> dict[str, Tensor]:
-    """input_ids, and labels that leave the padding out; no mask is needed, since what follows is not seen. (B, T)"""
-    ids = [torch.tensor(row["input_ids"]) for row in rows]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {"input_ids": pad(ids, batch_first=True), "labels": pad(ids, batch_first=True, padding_value=-100)}
+@dataclass(frozen=True, eq=False)
+class Collator:
+    """input_ids and labels, padded on the right; no mask is needed, since what follows is not seen. (B, T)"""
+
+    item_dropout: float
+    first_codes: Tensor  # (V,) token ids that begin an item
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        ids = [self.thinned(torch.tensor(row["input_ids"])) for row in rows]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {"input_ids": pad(ids, batch_first=True), "labels": pad(ids, batch_first=True, padding_value=-100)}
+
+    def thinned(self, ids: Tensor) -> Tensor:
+        """Without some of the items; what stands before the first item stays. (T,) -> (up to T,)"""
+        if not self.item_dropout:
+            return ids
+        item = torch.isin(ids, self.first_codes).long().cumsum(0)  # (T,) 0 before the first
+        keep = torch.rand(int(item[-1]) + 1) >= self.item_dropout
+        keep[0] = True
+        return ids[keep[item]]
 
 
 def add_dropout(model: PreTrainedModel, share: float) -> None:

@@ -1,0 +1,78 @@
+"""One command trains and measures every baseline on the same users."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import write_small_model
+
+from recllm.errors import UserError
+from recllm.yardstick import BaselinesConfig, run_baselines
+
+SCRIPT = Path(__file__).parents[1] / "eval" / "baselines.py"
+QUICK = ["tiger.width=64", "tiger.layers=1", "tiger.epochs=1", "tiger.validation_users=10", "sasrec.epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_small_model(tmp_path_factory.mktemp("yardstick"), users=40)[0]
+
+
+def test_all_of_them_on_the_same_users_in_one_table(data):
+    command = [sys.executable, str(SCRIPT), "--data", str(data), "--output", str(data / "baselines"), "--k", "1", "3",
+               "--length", "5", "--seeds", "0", "1", "--settings", *QUICK]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("popularity", "repeat-last", "item-knn", "sasrec", "tiger"):
+        assert name in done.stdout
+    assert "±" in done.stdout
+    runs = sorted((data / "baselines" / "test").iterdir())
+    assert [run.name for run in runs] == [
+        "item-knn", "popularity", "repeat-last", "sasrec-seed0", "sasrec-seed1", "tiger-seed0", "tiger-seed1",
+    ]  # fmt: skip
+    figures = [json.loads((run / "metrics.json").read_text()) for run in runs]
+    assert {entry["users"] for entry in figures} == {40}
+    assert len({entry["run"]["catalogue"]["fingerprint"] for entry in figures}) == 1
+    assert figures[1]["metrics"]["recall@5"] > 0
+    assert figures[2]["metrics"]["recall@5"] == 0  # nobody takes an item twice here
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stdout == done.stdout
+
+
+def test_without_the_history(data):
+    config = BaselinesConfig(
+        data=str(data), output=str(data / "without"), baselines=["popularity", "item-knn"], k=[1], length=3,
+        exclude_history=True,
+    )  # fmt: skip
+    from recllm.catalogue import Catalogue
+
+    histories = Catalogue.load(data).targets("test")["history"].to_list()
+    for folder in run_baselines(config):
+        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        assert not any(set(line["items"]) & set(history) for line, history in zip(lines, histories))
+
+
+def test_settings_of_the_models_are_converted():
+    config = BaselinesConfig(data="d", output="o", settings=["tiger.lr=3e-4", "tiger.bf16=false", "sasrec.width=32"])
+    assert config.settings_of("tiger") == {"lr": 3e-4, "bf16": False}
+    assert config.settings_of("sasrec") == {"width": 32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"settings": ["tiger.epoch=3"]}, "'tiger.epoch=3' is no setting"),
+        ({"settings": ["tiger.epochs=many"]}, "not a value of int"),
+        ({"settings": ["knn.k=3"]}, "is no setting"),
+        ({"settings": ["tiger.seed=3"]}, "is no setting"),
+        ({"seeds": [0, 0]}, "no list of different"),
+        ({"baselines": []}, "no list of different"),
+        ({"exclude_history": True}, "repeat-last recommends the history"),
+        ({"length": 3}, "too short"),
+    ],
+)
+def test_bad_settings_fail_at_construction(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        BaselinesConfig(data="d", output="o", **settings)
