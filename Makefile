@@ -8,7 +8,7 @@ OUTPUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-data test-gpu test-vllm quality format bench clean
+.PHONY: help install demo test test-slow test-data test-gpu test-vllm quality format bench bench-decoding bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -69,6 +69,13 @@ format: .venv/dev.stamp  ## mend what lint and format can mend
 bench: .venv/dev.stamp  ## the benchmarks of docs/performance.md (about 3 minutes on 2 quiet cores)
 	@$(BIN)/python benchmarks/prepare.py --output runs/bench/prepare.json
 	@$(BIN)/python benchmarks/semantic_ids.py --output runs/bench/semantic_ids.json
+
+bench-decoding: .venv/dev.stamp  ## constrained decoding against HF generate (minutes; docs/decoding.md)
+	@$(BIN)/python benchmarks/decoding.py --output runs/bench/decoding.json
+
+bench-gpu:  ## everything that a GPU machine can check in one call, with its own torch: PYTHON=python3 make bench-gpu
+	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests || true
+	@PYTHONPATH=. $(PYTHON) benchmarks/decoding.py --rounds 3 --output runs/bench/decoding-gpu.json
 
 clean:  ## remove .venv, .venv-vllm and what demo and bench made (not your own runs)
 	@rm -rf .venv .venv-vllm runs/demo runs/bench

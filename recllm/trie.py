@@ -180,6 +180,8 @@ class SemanticIdTrie:
         if self.rows.device == torch.device(device):
             return self
         ptr, tok, pad = (tuple(part.to(device) for part in parts) for parts in (self.ptr, self.tok, self.pad))
+        if torch.device(device).type != "cpu":  # where torch cannot look up uint16
+            tok = tuple(part.int() if part.dtype == torch.uint16 else part for part in tok)
         return SemanticIdTrie(self.sizes, ptr, tok, pad, self.rows.to(device))
 
     # ---- files

@@ -45,11 +45,3 @@ class Allowed:
         gone = torch.searchsorted(self.excluded, last) - torch.searchsorted(self.excluded, first)
         there = last - first if self.below is None else self.below[last] - self.below[first]
         return (there > gone).view(nodes.shape)
-
-    def counts(self, trie: SemanticIdTrie, prompts: int) -> Tensor:
-        """How many items each prompt may get. (P,)"""
-        total = len(trie) if self.below is None else int(self.below[-1])
-        counts = torch.full((prompts,), total)
-        if self.excluded is not None:
-            counts -= (self.excluded < len(trie)).sum(dim=1).cpu()
-        return counts

@@ -22,7 +22,9 @@ def grouped_attention(
     prompts, heads, queries, width = query.shape
     groups = heads // key.size(1)
     query = query.reshape(prompts, key.size(1), groups * queries, width)
-    mask = attention_mask.repeat(1, 1, groups, 1) if groups > 1 else attention_mask
+    mask = attention_mask.to(query.dtype)
+    if groups > 1:
+        mask = mask.repeat(1, 1, groups, 1)
     output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return output.view(prompts, heads, queries, width).transpose(1, 2).contiguous(), None
 

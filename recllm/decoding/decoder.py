@@ -54,7 +54,7 @@ class Decoder:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         self.model, self.normaliser, self.prefix, self.batch_size = model.eval(), normaliser, tuple(prefix), batch_size
-        self.trie = trie.to(model.device)
+        self.trie, self.items = trie.to(model.device), trie.to("cpu")  # for the search; for naming what it found
         self.head = Head(model, levels)
 
     def beams(
@@ -155,11 +155,10 @@ class Decoder:
 
     def _named(self, leaves: Tensor, scores: Tensor, logps: Tensor | None) -> Answers:
         """Leaves of the trie → rows and codes of the items."""
-        trie = self.trie.to("cpu")
         none = leaves < 0
-        rows = trie.rows[leaves.clamp(min=0)].long().masked_fill(none, -1)
+        rows = self.items.rows[leaves.clamp(min=0)].long().masked_fill(none, -1)
         return Answers(
-            rows, trie.codes_of_leaves(leaves.clamp(min=0)).masked_fill(none.unsqueeze(-1), -1), scores, logps
+            rows, self.items.codes_of_leaves(leaves.clamp(min=0)).masked_fill(none.unsqueeze(-1), -1), scores, logps
         )
 
 
