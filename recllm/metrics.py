@@ -33,6 +33,30 @@ def mrr_at_k(ranks: Tensor, k: int) -> Tensor:
     return torch.where(ranks < k, 1 / (ranks.double() + 1), 0.0)
 
 
+def set_recall_at_k(ranked: Tensor, targets: Tensor, k: int) -> Tensor:
+    """|first k ∩ targets| / |targets|: several right items a case, such as all that a user took next (Recall@32).
+
+    Each target counts once, however often it is listed; -1 fills up shorter sets and lists, and matches nothing. A case
+    without targets has no recall: nan.   (N, K), (N, M) -> (N,)
+    """
+    found, wanted = _met(ranked, targets, k)
+    return torch.where(wanted > 0, found / wanted, torch.nan)
+
+
+def set_precision_at_k(ranked: Tensor, targets: Tensor, k: int) -> Tensor:
+    """|first k ∩ targets| / k.   (N, K), (N, M) -> (N,)"""
+    return _met(ranked, targets, k)[0] / k
+
+
+def _met(ranked: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """How many different targets are among the first k, and how many there are.   (N, K), (N, M) -> (N,), (N,)"""
+    ordered = targets.sort(dim=1).values
+    new = ordered >= 0
+    new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    met = (ordered.unsqueeze(2) == ranked[:, :k].unsqueeze(1)).any(dim=2) & new  # (N, M)
+    return met.sum(dim=1).double(), new.sum(dim=1).double()
+
+
 def pass_at_k(n: Tensor | int, c: Tensor | int, k: int) -> Tensor:
     """1 − C(n−c, k) / C(n, k): the chance that k answers drawn from n, c of them right, hold a right one (unbiased).
 

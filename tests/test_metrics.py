@@ -102,3 +102,21 @@ def test_the_paired_test_equals_enumeration_and_knows_no_difference():
 def test_mean_and_deviation_of_seeds():
     assert m.mean_and_deviation([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
     assert m.mean_and_deviation([1.0]) == (1.0, 0.0)
+
+
+def test_sets_of_targets_count_each_once():
+    ranked = torch.tensor([[4, 7, 1, 9], [4, 4, -1, -1], [0, 1, 2, 3]])
+    targets = torch.tensor([[1, 4, 8], [4, 4, -1], [-1, -1, -1]])
+    recall = m.set_recall_at_k(ranked, targets, 3)
+    assert recall[:2].tolist() == [2 / 3, 1.0]  # 4 and 1 of {1, 4, 8}; the one target of {4}
+    assert recall[2].isnan()  # nothing was to be found
+    assert m.set_recall_at_k(ranked, targets, 1)[:2].tolist() == [1 / 3, 1.0]
+    assert m.set_precision_at_k(ranked, targets, 2).tolist() == [0.5, 0.5, 0.0]
+
+
+def test_a_set_of_one_target_is_plain_recall():
+    generator = torch.Generator().manual_seed(0)
+    ranked = torch.stack([torch.randperm(50, generator=generator)[:20] for _ in range(40)])
+    target = torch.randint(0, 50, (40,), generator=generator)
+    plain = m.recall_at_k(m.ranks(ranked, target), 10)
+    assert torch.equal(m.set_recall_at_k(ranked, target.unsqueeze(1), 10), plain)

@@ -46,7 +46,7 @@ class TigerConfig:
     item_dropout: float = field(
         default=0.0, metadata={"help": "Share of the items left out of a sequence, anew each time."}
     )
-    epochs: int = field(default=12, metadata={"help": "Passes over the sequences at most."})
+    epochs: int = field(default=16, metadata={"help": "Passes over the sequences at most."})
     patience: int = field(default=3, metadata={"help": "Epochs without a better Recall@10 on validation users."})
     batch: int = field(default=64, metadata={"help": "Sequences a step, of about one length."})
     lr: float = field(default=1e-3, metadata={"help": "Highest learning rate (cosine to 0)."})
