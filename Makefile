@@ -74,8 +74,8 @@ bench-decoding: .venv/dev.stamp  ## constrained decoding against HF generate (mi
 	@$(BIN)/python benchmarks/decoding.py --output runs/bench/decoding.json
 
 bench-gpu:  ## everything that a GPU machine can check in one call, with its own torch: PYTHON=python3 make bench-gpu
-	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests || true
-	@PYTHONPATH=. $(PYTHON) benchmarks/decoding.py --rounds 3 --output runs/bench/decoding-gpu.json
+	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests; tests=$$?; \
+	PYTHONPATH=. $(PYTHON) benchmarks/decoding.py --rounds 3 --output runs/bench/decoding-gpu.json && exit $$tests
 
 clean:  ## remove .venv, .venv-vllm and what demo and bench made (not your own runs)
 	@rm -rf .venv .venv-vllm runs/demo runs/bench

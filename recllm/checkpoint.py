@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recllm.catalogue import ITEM_COLUMNS, read_table
 from recllm.errors import UserError
 from recllm.files import read_object, write_whole
-from recllm.pretrained import load_causal_lm, reason, which_model
+from recllm.pretrained import DTYPES, load_causal_lm, reason, which_model
 from recllm.prompting import PromptStyle, PromptWriter
 from recllm.semantic_ids import SemanticIdTable
 from recllm.tokenization import ItemTokens
@@ -48,6 +48,12 @@ class Checkpoint:
         cls, name: str | Path, device: str | None = None, dtype: str | None = None, revision: str | None = None
     ) -> "Checkpoint":
         """A folder, or a repository on the Hub."""
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        try:
+            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise UserError(f"{device!r} is no device", fix="cpu, cuda, cuda:1 …") from None
         folder = Path(name) if Path(name).is_dir() else _download(str(name), revision)
         if not (folder / TABLE).exists():
             raise UserError(f"holds no {TABLE}, so no item can be named", file=folder, fix=BUILD)
@@ -64,7 +70,6 @@ class Checkpoint:
         style = PromptStyle.read(report.get("prompt"))
         model, tokenizer = load_causal_lm(str(folder), dtype or "auto")
         which = which_model(str(folder))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded = cls(
             Path(name).name, model.to(device).eval(), tokenizer, table, style, report, _items(folder, table), which
         )

@@ -66,6 +66,7 @@ def recommend(config: RecommendConfig) -> None:
     from recllm.summary import recommendations_table
 
     recommender = Recommender.from_pretrained(config.model)
+    recommender.writer.check(config.history)
     exclude = [*config.exclude, *(config.history if config.exclude_history else [])]
     found = recommender.recommend(
         config.history, config.k, beams=config.beams, exclude=exclude, filter=config.filters()

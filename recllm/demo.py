@@ -1,4 +1,4 @@
-"""The main job on the embedded shop: a raw log and a catalogue go in, a model that holds every item comes out.
+"""The main job on the embedded shop: a raw log and a catalogue go in, models that recommend and a table come out.
 
 It runs the stages that a user's own data goes through, with the settings of a small shop, and prints the figures that
 say whether each stage did its work.
@@ -11,19 +11,30 @@ from pathlib import Path
 
 from rich.table import Table
 
+from recllm.catalogue import Catalogue
 from recllm.embeddings import EmbedConfig, embed
 from recllm.errors import UserError
+from recllm.evaluation.comparison import CompareConfig, compare
+from recllm.evaluation.comparison_tables import render
 from recllm.files import read_json
 from recllm.launch import console, results
 from recllm.models.build import BuildModelConfig, build_model
 from recllm.preparation import PrepareConfig, prepare
+from recllm.recommender import Recommender
 from recllm.semantic_ids.build import BuildConfig, build
-from recllm.summary import catalogue_table, model_table, semantic_ids_table
+from recllm.summary import catalogue_table, model_table, recommendations_table, semantic_ids_table
+from recllm.yardstick import BaselinesConfig, run_baselines
 
+# Of a shop of hundreds of items; the defaults are for tens of thousands of users.
+SMALL = [
+    *("tiger.width=128", "tiger.layers=2", "tiger.epochs=12", "tiger.lr=0.003", "tiger.batch=32", "tiger.dropout=0.1"),
+    *("tiger.validation_users=500", "sasrec.batch=256", "sasrec.epochs=15"),
+]
 NEXT = """Next, with your own log and catalogue (docs/data_formats.md lists what can be read):
   python data_prep/prepare.py --interactions log.jsonl.gz --items items.jsonl.gz --output runs/mine
   python data_prep/embed_items.py --data runs/mine
   python data_prep/build_semantic_ids.py --data runs/mine
+  python eval/baselines.py --data runs/mine --output runs/mine/baselines
   python data_prep/build_model.py --data runs/mine --model Qwen/Qwen3-0.6B --output runs/mine/model"""
 
 
@@ -48,7 +59,7 @@ class DemoConfig:
 def demo(config: DemoConfig) -> None:
     """Run the stages on the shop, and print what each made."""
     data, model = Path(config.output), Path(config.output) / "model"
-    with stage("1/4  prepare: the shop's log and catalogue, first events of each user and item, leave-one-out"):
+    with stage("1/5  prepare: the shop's log and catalogue, first events of each user and item, leave-one-out"):
         catalogue = prepare(
             PrepareConfig(
                 output=str(data),
@@ -60,14 +71,27 @@ def demo(config: DemoConfig) -> None:
                 overwrite=config.overwrite,
             )
         )
-    with stage("2/4  embed: TF-IDF of the items' text beside who bought what next to what"):
+    with stage("2/5  embed: TF-IDF of the items' text beside who bought what next to what"):
         embed(EmbedConfig(data=str(data), seed=config.seed, overwrite=config.overwrite))
-    with stage("3/4  semantic IDs: residual k-means, collisions resolved"):
+    with stage("3/5  semantic IDs: residual k-means, collisions resolved"):
         table = build(BuildConfig(data=str(data), levels=3, codes=32, seed=config.seed, overwrite=config.overwrite))
-    with stage("4/4  model: a tiny Qwen3 whose vocabulary holds every item"):
+    with stage("4/5  model: a tiny Qwen3 whose vocabulary holds every item"):
         build_model(BuildModelConfig(data=str(data), output=str(model), seed=config.seed, overwrite=config.overwrite))
 
-    for made in (catalogue_table(catalogue), floor_table(data), semantic_ids_table(table), model_table(model)):
+    with stage("5/5  baselines: popularity, item-kNN, SASRec and a small generative model, trained and measured"):
+        names = ["popularity", "item-knn", "sasrec", "tiger"]
+        baselines = BaselinesConfig(
+            data=str(data), output=str(data / "baselines"), baselines=names, seeds=[config.seed], settings=SMALL,
+            overwrite=config.overwrite,
+        )  # fmt: skip
+        runs = run_baselines(baselines)
+
+    for made in (catalogue_table(catalogue), semantic_ids_table(table), model_table(model), floor_table(data)):
+        results.print()
+        results.print(made)
+    compared = compare(CompareConfig(runs=list(map(str, runs)), metrics=["recall@10", "ndcg@10"]))
+    print("\n" + render(compared, "text", styled=results.is_terminal), end="")
+    for made in recommendation(catalogue, data / "baselines" / "models" / f"tiger-seed{config.seed}"):
         results.print()
         results.print(made)
     results.print(f"\n{item_line(catalogue, table)}\n\n{NEXT}", highlight=False, markup=False)
@@ -90,6 +114,18 @@ def floor_table(data: Path) -> Table:
     for name, what in (("oracle", "knowing each customer's taste"), ("observer", "knowing the history alone")):
         table.add_row(what, f"{floor[f'{name}_recall']:.3f}", f"{floor[f'{name}_ndcg']:.3f}")
     return table
+
+
+def recommendation(catalogue: Catalogue, model: Path) -> tuple[Table, Table]:
+    """What the generative model recommends to the first customer of the test split."""
+    recommender = Recommender.from_pretrained(model)
+    history = catalogue.targets("test")["history"][0].to_list()[-5:]
+    title = dict(catalogue.items.select("item", "title").iter_rows())
+    found = recommender.recommend(history, k=5, exclude="history")
+    return (
+        recommendations_table("a customer who took", [(item, title[item], None) for item in history]),
+        recommendations_table("is recommended", [(one.item, one.title, one.score) for one in found]),
+    )
 
 
 def item_line(catalogue, table) -> str:

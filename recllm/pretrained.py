@@ -66,7 +66,7 @@ def _load(auto: Any, name: str, dtype: torch.dtype | str, revision: str | None) 
     tokenizer = load_tokenizer(name, revision)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     try:
-        with _quiet():
+        with quiet():
             model, loaded = auto.from_pretrained(
                 name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True,
@@ -120,7 +120,7 @@ def reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bar, and its report of weights that were left out, such as a head that is not needed."""
     from transformers.utils import logging
 

@@ -22,7 +22,7 @@ class PromptStyle:
     max_history: int = 50  # the most recent items of a history
 
     def __post_init__(self):
-        if self.template.count(HISTORY) != 1:
+        if not isinstance(self.template, str) or self.template.count(HISTORY) != 1:
             raise UserError(f"a prompt template has {HISTORY} once: {self.template!r}")
         if self.max_history < 1:
             raise UserError(f"max_history must be at least 1, got {self.max_history}")

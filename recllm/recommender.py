@@ -69,14 +69,15 @@ class Recommender:
     ) -> list[Recommendation] | list[list[Recommendation]]:
         """The k best items for one history (item ids, oldest first) or for each of several.
 
-        exclude   items never to show, or "history": none that the user has taken already
+        exclude   items never to show, or "history": none of the history itself; fewer than k if no more are left
         filter    {"brand": "Nord", "categories": ["Shoes", "Socks"]} (any of them), or a polars expression over
                   the item columns; decoding stays among the items that pass, so k of them come back if there are k
         beams     width of the search, by default 20 or k
         """
         if mode != "direct":
             raise UserError(f"mode {mode!r} is not one of direct")
-        single = not history or isinstance(history, str) or isinstance(history[0], str)
+        history = history if isinstance(history, str) else list(history)
+        single = not history or isinstance(history, str) or not isinstance(history[0], list | tuple)
         histories = [history] if single else history
         found = self.ranked(histories, k, beams, exclude, filter)
         lists = [self._named(rows, scores) for rows, scores in zip(found.rows.tolist(), found.scores.tolist())]
@@ -92,14 +93,16 @@ class Recommender:
     ) -> Answers:
         """The same as rows of the checkpoint's table."""
         table = self.checkpoint.table
+        if isinstance(exclude, str) and exclude != "history":
+            raise UserError(f"exclude is a list of items or 'history', got {exclude!r}", fix=f"[{exclude!r}]")
+        prompts = self.writer.ids(histories)
         allowed = self.allowed(filter, () if exclude in (None, "history") else exclude)
         possible = len(table) if allowed is None else int(allowed.sum())
-        if not 1 <= k <= possible:
+        if not isinstance(k, int) or not 1 <= k <= possible:
             left = f"the filter leaves {possible:,} items" if possible < len(table) else f"there are {possible:,} items"
             raise UserError(f"k = {k}, and {left}", fix=f"a k of 1 to {possible:,}")
         if beams is not None and beams < k:
             raise UserError(f"{beams} beams cannot give {k} items", fix=f"--beams {k} or more")
-        prompts = self.writer.ids(histories)
         own = [[table.row_of[item] for item in history] for history in histories] if exclude == "history" else None
         found = self.decoder.beams(prompts, beams or max(k, min(BEAMS, possible)), allowed, own)
         return Answers(found.rows[:, :k], found.codes[:, :k], found.scores[:, :k])
@@ -114,10 +117,12 @@ class Recommender:
         if unknown := [item for item in excluded if item not in table]:
             raise UserError(f"the model knows no item {unknown[0]!r} to exclude", fix="leave it out")
         try:
-            mask = self.checkpoint.items.select(passes.fill_null(False).alias("passes")).to_series()
+            mask = self.checkpoint.items.select(passes=passes).to_series()
         except pl.exceptions.PolarsError as error:
             raise UserError(f"the filter does not fit the items: {error}", fix=self._columns()) from None
-        allowed = torch.tensor(mask.to_list()).expand(len(table)).clone()
+        if mask.dtype != pl.Boolean or len(mask) not in (1, len(table)):
+            raise UserError("the filter says neither yes nor no about each item", fix='such as pl.col("price") < 20')
+        allowed = torch.tensor(mask.fill_null(False).to_list()).expand(len(table)).clone()
         allowed[[table.row_of[item] for item in excluded]] = False
         if not bool(allowed.any()):
             raise UserError("the filter leaves no item to recommend", fix="loosen it")
@@ -133,13 +138,26 @@ class Recommender:
                     fix=f"did you mean {near[0]!r}?" if near else self._columns(),
                 )
             wanted = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted)
-            if isinstance(items.schema[column], pl.List):
-                passes &= pl.any_horizontal(
-                    [pl.col(column).list.contains(value) for value in wanted] or [pl.lit(False)]
-                )
-            else:
-                passes &= pl.col(column).cast(pl.String).is_in([str(value) for value in wanted])
+            kind, several = items.schema[column], isinstance(items.schema[column], pl.List)
+            values = [self._value(column, value, kind.inner if several else kind) for value in wanted]
+            one_of = [pl.col(column).list.contains(value) if several else pl.col(column) == value for value in values]
+            passes &= pl.any_horizontal(one_of or [pl.lit(False)])
         return passes
+
+    def _value(self, column: str, value: object, kind: pl.DataType) -> object:
+        """As the column holds it: `"true"` of the command line is True."""
+        if kind == pl.Boolean:
+            found = {"true": True, "false": False}.get(str(value).lower())
+        elif kind.is_numeric():
+            try:
+                found = float(str(value))
+            except ValueError:
+                found = None
+        else:
+            found = str(value)
+        if found is None:
+            raise UserError(f"filter {column}: {value!r} is no value of this column of {kind}", fix="another value")
+        return found
 
     def _columns(self) -> str:
         return f"columns of the items: {', '.join(self.checkpoint.items.columns)}"

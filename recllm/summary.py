@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from recllm.catalogue import Catalogue
 from recllm.errors import UserError
@@ -109,5 +110,6 @@ def recommendations_table(title: str, rows: list[tuple[str, str, float | None]])
     if scored:
         table.add_column("log p", justify="right")
     for number, (item, name, score) in enumerate(rows, 1):
-        table.add_row(f"{number}.", item, name, *([f"{score:.2f}"] if scored else []))
+        words = Text(item), Text(name)  # a title in [brackets] is no markup
+        table.add_row(f"{number}.", *words, *([f"{score:.2f}"] if scored else []))
     return table

@@ -44,8 +44,11 @@ class SemanticIdTrie:
         if codes.ndim != 2 or not len(codes) or codes.dtype.kind not in "iu":
             raise UserError(f"a trie is made of integer codes (N, L), got {codes.dtype} of shape {codes.shape}")
         sizes = tuple(map(int, sizes)) if sizes is not None else tuple((codes.max(axis=0) + 1).clip(min=1).tolist())
-        if (codes < PADDING).any() or (codes >= np.array(sizes)).any():
-            raise UserError(f"some codes do not fit the levels' sizes {sizes}")
+        if len(sizes) != codes.shape[1] or (codes < PADDING).any() or (codes >= np.array(sizes)).any():
+            raise UserError(f"codes of {codes.shape[1]} levels do not fit the levels' sizes {sizes}")
+        ended = codes == PADDING
+        if ended[:, 0].any() or (ended[:, :-1] & ~ended[:, 1:]).any():
+            raise UserError("padding (-1) may stand at the end of an item's codes alone")
         order = np.argsort(tuple_keys(codes, sizes), kind="stable")
         begins = np.zeros(len(codes), bool)  # is this row, in order, the first with its prefix?
         begins[0] = True
@@ -61,6 +64,11 @@ class SemanticIdTrie:
             parents = first
         if len(parents) < len(codes):
             raise UserError("two items have the same codes", fix="resolve collisions first: SemanticIdTable does")
+        for starts, nothing in zip(ptr, pad):
+            if len(nothing) and (nothing[starts[:-1]] & (np.diff(starts) > 1)).any():  # padding sorts first
+                raise UserError(
+                    "the codes of an item are the beginning of another's", fix="give one of them other codes"
+                )
         as_tensors = (tuple(map(torch.from_numpy, arrays)) for arrays in (ptr, tok, pad))
         return cls(sizes, *as_tensors, torch.from_numpy(order.astype(np.int32)))
 

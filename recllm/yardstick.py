@@ -1,5 +1,6 @@
 """What every model is held against: the baselines trained and measured on one data set, under one protocol."""
 
+import os
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,7 +39,9 @@ class BaselinesConfig:
     split: Split = field(default="test", metadata={"help": "Models are chosen on valid; look at test once."})
     k: list[int] = field(default_factory=lambda: [5, 10], metadata={"help": "Cut-offs of the metrics."})
     length: int = field(default=20, metadata={"help": "Items of a list; tiger's beams."})
-    exclude_history: bool = field(default=False, metadata={"help": "Never recommend what the user has taken already."})
+    exclude_history: bool = field(
+        default=False, metadata={"help": "Never recommend an item of the history that a model is given."}
+    )
     settings: list[str] = field(
         default_factory=list, metadata={"help": "Of the models, such as tiger.epochs=16 sasrec.width=128."}
     )
@@ -53,6 +56,8 @@ class BaselinesConfig:
                 "repeat-last recommends the history, and that is excluded",
                 fix="--baselines popularity item-knn sasrec tiger",
             )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("baselines are trained by one process", fix="run it without torchrun or accelerate launch")
         self.protocol()
         for model in LEARNT:
             self.settings_of(model)

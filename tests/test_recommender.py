@@ -63,6 +63,27 @@ def test_filters_by_column_list_and_expression(recommender):
     assert items(k=2, filter={"brand": "A", "categories": ["y"]}) == [i for i in brand_a if int(i[1:]) % 3 > 1]
 
 
+def test_filters_by_stock_and_price(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "model")
+    path = tmp_path / "model" / "items.parquet"
+    number = pl.col("item").str.slice(1).cast(pl.Float64)
+    pl.read_parquet(path).with_columns(stock=number < 3, price=number).write_parquet(path)
+    recommender = Recommender.from_pretrained(tmp_path / "model")
+    for yes in (True, "true"):
+        assert {one.item for one in recommender.recommend(["i9"], k=3, filter={"stock": yes})} == {"i0", "i1", "i2"}
+    for three in (3, "3", 3.0):
+        assert [one.item for one in recommender.recommend(["i9"], k=1, filter={"price": three})] == ["i3"]
+    for column, value in (("stock", "maybe"), ("price", "cheap")):
+        with pytest.raises(UserError, match=f"filter {column}: '{value}' is no value"):
+            recommender.recommend(["i9"], k=1, filter={column: value})
+
+
+def test_several_kinds_of_sequence_are_a_history(recommender):
+    expected = recommender.recommend(["i1", "i2"], k=3)
+    assert recommender.recommend(("i1", "i2"), k=3) == expected
+    assert recommender.recommend(pl.Series(["i1", "i2"]), k=3) == expected
+
+
 def test_exclusions(recommender):
     everything = [one.item for one in recommender.recommend(["i1", "i2"], k=12)]
     found = recommender.recommend(["i1", "i2"], k=10, exclude="history")
@@ -85,6 +106,10 @@ def test_exclusions(recommender):
         (["i1"], {"filter": pl.col("price") > 3}, "the filter does not fit the items"),
         (["i1"], {"exclude": ["unheard"]}, "no item 'unheard' to exclude"),
         (["i1"], {"mode": "think"}, "mode 'think'"),
+        (["i1"], {"exclude": "i2"}, "exclude is a list"),
+        (["i1"], {"k": 2.5}, "k = 2.5"),
+        ([1, 2], {}, "knows no item 1"),
+        (["i1"], {"filter": pl.col("title").str.len_chars()}, "neither yes nor no"),
     ],
 )
 def test_bad_input_is_one_sentence(recommender, history, settings, sentence):
@@ -120,6 +145,23 @@ def test_folders_that_are_no_checkpoint_are_named(folders, tmp_path):
         Recommender.from_pretrained(folders[0])
     with pytest.raises(UserError, match=r"no semantic_ids\.json"):
         Recommender.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "foo"}, {"device": "foo"}])
+def test_settings_of_loading_are_checked(folders, settings):
+    with pytest.raises(UserError, match="'foo' is no"):
+        Recommender.from_pretrained(folders[1], **settings)
+
+
+def test_titles_in_brackets_are_no_markup(folders, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folders[1], tmp_path / "model")
+    path = tmp_path / "model" / "items.parquet"
+    pl.read_parquet(path).with_columns(title=pl.lit("[/b] [pack] of soap")).write_parquet(path)
+    monkeypatch.setattr(
+        "sys.argv", ["recllm", "recommend", "--model", str(tmp_path / "model"), "--history", "i1", "--k", "1"]
+    )
+    cli.main()
+    assert capsys.readouterr().out.count("[/b] [pack] of soap") == 2
 
 
 def test_a_checkpoint_without_titles_still_recommends(folders, tmp_path):

@@ -122,6 +122,9 @@ def test_of_a_table():
         (np.array([[0.5, 1.0]]), "integer codes"),
         (np.array([[0, 1], [0, 1]]), "same codes"),
         (np.array([[0, -2]]), "do not fit"),
+        (np.array([[0, -1], [-1, 1]]), "at the end"),
+        (np.array([[0, -1, 2]]), "at the end"),
+        (np.array([[1, -1], [1, 2]]), "the beginning of another's"),
     ],
 )
 def test_what_is_no_index_is_refused(codes, sentence):
@@ -144,3 +147,8 @@ def test_ten_million_items_fit_into_50_megabytes():
     codes = np.random.default_rng(0).integers(0, 256, (10_000_000, 4), dtype=np.int32)
     codes = np.unique(codes.view("<i4,<i4,<i4,<i4")).view("<i4").reshape(-1, 4)
     assert SemanticIdTrie.from_codes(codes, (256,) * 4).bytes <= 50e6
+
+
+def test_sizes_of_another_length_are_refused():
+    with pytest.raises(UserError, match="codes of 2 levels"):
+        SemanticIdTrie.from_codes(np.array([[0, 1]]), (4,))

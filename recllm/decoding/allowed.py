@@ -1,7 +1,7 @@
 """Which items may be answered: for everybody, and without some of them for each prompt."""
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from recllm.trie import SemanticIdTrie
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Allowed:
     """Answers about nodes: does an item lie below that is allowed? The trie stays as it is."""
 
@@ -18,22 +18,24 @@ class Allowed:
     excluded: Tensor | None = None  # (P, E) leaves, ascending, all among the allowed; filled up with N
 
     @classmethod
-    def of(
-        cls, trie: SemanticIdTrie, rows: Tensor | None = None, exclude: Sequence[Sequence[int]] | None = None
-    ) -> "Allowed":
-        """`rows`: (N,) bool, which items are allowed for all; `exclude`: rows that one prompt must not get."""
-        masks = below = excluded = None
-        if rows is not None:
-            masks = trie.node_masks(rows.to(trie.rows.device))
-            below = torch.nn.functional.pad(masks[-1].long().cumsum(0), (1, 0))
-        if exclude is not None and any(len(some) for some in exclude):
-            width = max(map(len, exclude))
-            excluded = torch.full((len(exclude), width), len(trie), dtype=torch.int64, device=trie.rows.device)
-            for prompt, some in enumerate(exclude):
-                leaves = trie.leaf_of_row[torch.tensor(list(some), dtype=torch.int64, device=trie.rows.device)]
-                leaves = leaves.unique() if masks is None else leaves[masks[-1][leaves]].unique()
-                excluded[prompt, : len(leaves)] = leaves
-        return cls(masks, below, excluded)
+    def of(cls, trie: SemanticIdTrie, rows: Tensor | None = None) -> "Allowed":
+        """`rows`: (N,) bool, which items are allowed for all; None for every one."""
+        if rows is None:
+            return cls()
+        masks = trie.node_masks(rows.to(trie.rows.device))
+        return cls(masks, torch.nn.functional.pad(masks[-1].long().cumsum(0), (1, 0)))
+
+    def without(self, trie: SemanticIdTrie, exclude: Sequence[Sequence[int]]) -> "Allowed":
+        """The same less, for each prompt, the items of these rows."""
+        width = max(map(len, exclude), default=0)
+        if not width:
+            return self
+        excluded = torch.full((len(exclude), width), len(trie), dtype=torch.int64, device=trie.rows.device)
+        for prompt, some in enumerate(exclude):
+            leaves = trie.leaf_of_row[torch.tensor(list(some), dtype=torch.int64, device=trie.rows.device)]
+            leaves = leaves.unique() if self.masks is None else leaves[self.masks[-1][leaves]].unique()
+            excluded[prompt, : len(leaves)] = leaves
+        return dataclasses.replace(self, excluded=excluded)
 
     def nodes(self, trie: SemanticIdTrie, depth: int, nodes: Tensor) -> Tensor | None:
         """Which nodes of `depth` have an allowed item below; None for all. (P, …) -> (P, …) bool"""

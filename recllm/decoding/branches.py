@@ -143,14 +143,16 @@ def branches_of(model: PreTrainedModel, batch: PromptBatch) -> Branches:
 def takes_tree_mask(model: PreTrainedModel) -> bool:
     """Does the model heed a (P, 1, B, T) mask and our positions? Tried on eight tokens, once a model."""
     if model not in _takes_tree_mask:
-        _takes_tree_mask[model] = _plain_attention(model) and _agrees(model)
+        _takes_tree_mask[model] = plain_attention(model) and _agrees(model)
     return _takes_tree_mask[model]
 
 
-def _plain_attention(model: PreTrainedModel) -> bool:
-    """Every layer attends to everything: a window would count our branches as distance."""
-    layers = getattr(model.config.get_text_config(), "layer_types", None)
-    return all(kind == "full_attention" for kind in layers or ())
+def plain_attention(model: PreTrainedModel) -> bool:
+    """Every layer attends to everything: a window would take branches, and padding inside a prompt, for distance."""
+    config = model.config.get_text_config()
+    if layers := getattr(config, "layer_types", None):
+        return all(kind == "full_attention" for kind in layers)
+    return not getattr(config, "sliding_window", None) and not getattr(config, "attention_chunk_size", None)
 
 
 @torch.no_grad()

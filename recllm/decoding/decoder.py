@@ -1,6 +1,7 @@
 """The engine: prompts in, items out. Batches, filters and seeds around the walks of `recllm.decoding.search`."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recllm.decoding.allowed import Allowed
-from recllm.decoding.branches import branches_of
+from recllm.decoding.branches import branches_of, plain_attention
 from recllm.decoding.head import Head, Normaliser, check_normaliser
 from recllm.decoding.memory import in_batches, prompts_at_once
 from recllm.decoding.prompts import PromptBatch
@@ -32,7 +33,11 @@ class Answers:
 
 
 class Decoder:
-    """A model and the items it may answer with. Nothing here changes the model; it is switched to evaluation."""
+    """A model and the items it may answer with.
+
+    Answers are those of the weights as they are when asked, without dropout; the model is left as it was. `fits` is the
+    batch size that memory has allowed so far.
+    """
 
     def __init__(
         self,
@@ -53,9 +58,13 @@ class Decoder:
             raise UserError(f"tokens for {[len(ids) for ids in levels]} codes do not fit the index's {trie.sizes}")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        self.model, self.normaliser, self.prefix, self.batch_size = model.eval(), normaliser, tuple(prefix), batch_size
+        self.model, self.normaliser, self.batch_size = model, normaliser, batch_size
+        # Padding stands between prefix and prompt, and a window would count it: there each prompt is computed whole.
+        self.prefix = tuple(prefix) if plain_attention(model) else ()
+        self.fits: int | None = None
         self.trie, self.items = trie.to(model.device), trie.to("cpu")  # for the search; for naming what it found
-        self.head = Head(model, levels)
+        with without_dropout(model):
+            self.head = Head(model, levels)
 
     def beams(
         self,
@@ -112,16 +121,16 @@ class Decoder:
         if shared.below is not None and not int(shared.below[-1]):
             raise UserError("the filter leaves no item to recommend", fix="loosen it")
         order = sorted(range(len(prompts)), key=lambda place: (-lengths[place], place))  # like lengths side by side
-        size = (len(prompts), answers)
-        leaves, scores = torch.full(size, -1), torch.full(size, NONE)
-        logps = torch.zeros(*size, self.trie.levels)
+        shape = (len(prompts), answers)
+        leaves, scores = torch.full(shape, -1), torch.full(shape, NONE)
+        logps = torch.zeros(*shape, self.trie.levels)
         drawn = False
 
         def work(start: int, end: int) -> None:
             nonlocal drawn
             places = order[start:end]
             batch = PromptBatch.of([prompts[place] for place in places], self.prefix, self.model.device)
-            some = Allowed.of(self.trie, allowed, [exclude[place] for place in places]) if exclude else shared
+            some = shared.without(self.trie, [exclude[place] for place in places]) if exclude else shared
             walk = Walk(branches_of(self.model, batch), self.head, self.trie, self.normaliser, some)
             found = search(walk, places)
             width = found.leaves.size(1)
@@ -129,8 +138,11 @@ class Decoder:
             if found.logps is not None:
                 logps[places, :width], drawn = found.logps.float().cpu(), True
 
-        if prompts:
-            in_batches(len(prompts), self.batch_size or self._fitting(lengths, answers), work)
+        self.head.gather()
+        with without_dropout(self.model):
+            size = self.batch_size or self._fitting(lengths, answers)
+            fits = in_batches(len(prompts), min(size, self.fits or size), work)
+        self.fits = fits if fits < size else self.fits
         return self._named(leaves, scores, logps if drawn else None)
 
     def _checked_lengths(self, prompts: Prompts) -> list[int]:
@@ -150,6 +162,8 @@ class Decoder:
         return lengths
 
     def _fitting(self, lengths: Sequence[int], answers: int) -> int:
+        if not lengths:
+            return 1
         positions = answers * (self.trie.levels - 1)
         return prompts_at_once(self.model, max(lengths), positions, answers, max(self.trie.fanout))
 
@@ -160,6 +174,17 @@ class Decoder:
         return Answers(
             rows, self.items.codes_of_leaves(leaves.clamp(min=0)).masked_fill(none.unsqueeze(-1), -1), scores, logps
         )
+
+
+@contextlib.contextmanager
+def without_dropout(model: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode, and back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _generator(seed: int, place: int) -> torch.Generator:

@@ -19,7 +19,7 @@ from recllm.decoding.branches import backbone
 from recllm.errors import UserError
 
 Normaliser = Literal["full", "level", "children"]
-CHUNK = 2**26  # logits computed at once for the normaliser `full`: 256 MB in fp32
+CHUNK = 2**22  # logits computed at once for the normaliser `full`: 16 MB in fp32
 
 
 def check_normaliser(name: str) -> None:
@@ -40,8 +40,12 @@ class Head:
                 fix="use the semantic_ids.json inside the model's folder",
             )
         self.ids = [ids.to(self.weight.device) for ids in levels]  # L of (V,)
-        self.rows = [self.weight[ids] for ids in self.ids]  # L of (V, D)
         self.finish = _finish(model)
+        self.gather()
+
+    def gather(self) -> None:
+        """Take the levels' rows as they are now: training may have changed them since."""
+        self.rows = [self.weight[ids] for ids in self.ids]  # L of (V, D)
 
     def logits(self, hidden: Tensor, level: int) -> Tensor:
         """Of the codes of `level`. (…, D) -> (…, V) float"""
@@ -79,6 +83,8 @@ def _finish(model: PreTrainedModel):
         out = model.get_output_embeddings()
         ours = finish(out(backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state)).float()
         theirs = model(input_ids=tokens, use_cache=False).logits.float()
+    if not bool(theirs.isfinite().all()):
+        raise UserError("the model's logits are not finite", fix="use weights from before the training went wrong")
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
         raise UserError(
             f"{type(model).__name__} treats its logits in a way that the engine does not know",

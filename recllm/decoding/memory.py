@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from recllm.errors import UserError
 from recllm.launch import console
 
-SHARE = 0.6  # of the free memory
+SHARE = 0.6  # of a GPU's memory beside the weights
 CPU_BYTES = 2**28  # on a CPU, small batches stay near its caches and larger ones are no faster
 MOST = 512
 
@@ -24,20 +24,23 @@ def prompts_at_once(model: PreTrainedModel, tokens: int, positions: int, branche
     wide = max(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size, heads * width)
     layer = 4 * heads * width * (tokens + positions) * bytes_each + 4 * wide * max(tokens, branches) * bytes_each
     candidates = 6 * 4 * branches * fanout
-    most = free_bytes(model.device) // max(1, cache + layer + candidates)
+    most = free_bytes(model) // max(1, cache + layer + candidates)
     return int(max(1, min(MOST, most)))
 
 
-def free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(SHARE * (free + unused))
-    return CPU_BYTES
+def free_bytes(model: PreTrainedModel) -> int:
+    """Of the device beside the weights. Not what is free just now: the same model has the same batches every time."""
+    if model.device.type != "cuda":
+        return CPU_BYTES
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return int(SHARE * (torch.cuda.get_device_properties(model.device).total_memory - weights))
 
 
-def in_batches(total: int, size: int, work: Callable[[int, int], None]) -> None:
-    """work(start, end) over 0 … total; a batch that runs out of memory is done again in halves, and so are the rest."""
+def in_batches(total: int, size: int, work: Callable[[int, int], None]) -> int:
+    """work(start, end) over 0 … total; a batch that runs out of memory is done again in halves, and so are the rest.
+
+    Returns the size that did fit, for the next call.
+    """
     start = 0
     while start < total:
         end = min(total, start + size)
@@ -58,8 +61,10 @@ def in_batches(total: int, size: int, work: Callable[[int, int], None]) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         console.print(f"out of memory: {size} prompts at a time from here on, with as many beams as before")
+    return size
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """On a CPU torch raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """CPU allocators and CUDA's libraries raise a plain RuntimeError."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)

@@ -31,6 +31,7 @@ from recllm.files import read_object, require
 FILE = "metrics.json"
 ALIKE = ("k", "max_history", "exclude_history")  # of the protocol; the rest may differ and is shown where it does
 CASE = [*KEY, "target"]
+OF_ONE_SEED = ("seed", "checkpoint", "weights")  # of a ranker: what differs between runs of one row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +267,8 @@ def _refuse_mixed(group: Sequence[Run]) -> None:
     first = group[0]
     for run in group[1:]:
         here_all, there_all = (
-            {**about.protocol, "ranker": about.ranker.get("ranker")} for about in (run.about, first.about)
+            {**about.protocol, **{name: value for name, value in about.ranker.items() if name not in OF_ONE_SEED}}
+            for about in (run.about, first.about)
         )
         for name in there_all | here_all:
             here, there = here_all.get(name), there_all.get(name)

@@ -52,6 +52,7 @@ class DirectRanker:
             "dtype": str(self.checkpoint.model.dtype).removeprefix("torch."),
             "prompt": dataclasses.asdict(self.checkpoint.style),
             "exclude_history": self.exclude_history,
+            **({} if self.batch_size is None else {"batch_size": self.batch_size}),
         }
 
     def rank(self, cases: pl.DataFrame, k: int) -> Ranking:

@@ -25,7 +25,7 @@ class Prediction(msgspec.Struct):
 
 
 def to_lines(cases: pl.DataFrame, ranking: Ranking, item_ids: list[str]) -> Iterator[bytes]:
-    """Scores have six significant digits: what is written does not depend on the last bits of a float."""
+    """Scores have six significant digits, about what a float32 holds."""
     rows, scores = ranking.rows.tolist(), ranking.scores.tolist()
     for case, (user, position, target) in enumerate(cases.select("user", "position", "item").iter_rows()):
         found = [(item_ids[row], float(f"{score:.6g}")) for row, score in zip(rows[case], scores[case]) if row >= 0]

@@ -20,5 +20,5 @@ class Ranker(Protocol):
     def rank(self, cases: pl.DataFrame, k: int) -> Ranking:
         """`cases` are rows of `Catalogue.targets`; the answer depends on user, history and history_behaviours alone.
 
-        A case's answer must not depend on which other cases it came with.
+        A case's answer must not depend on which other cases it came with, but for the last bits of a float.
         """

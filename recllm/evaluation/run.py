@@ -30,6 +30,10 @@ class Protocol:
     exclude_history: bool = False
 
     def __post_init__(self):
+        if self.split == "train":
+            raise UserError(
+                "training targets are what models learn from, not what they are measured on", fix="valid, test"
+            )
         if not self.k or min(self.k) < 1 or len(set(self.k)) < len(self.k):
             raise UserError(f"k: {list(self.k)} is no list of different numbers from 1", fix="--k 5 10")
         if self.length < max(self.k):
@@ -53,7 +57,11 @@ def evaluate_ranker(
         "seed": seed,
         "versions": {library: version(library) for library in LIBRARIES},
     }
-    begun = {"run": _identity(run), "block": block}  # what the finished parts are parts of
+    begun = {
+        "run": _identity(run),
+        "block": block,
+        "device": group.device.partition(":")[0],
+    }  # what the finished parts are parts of
     # Every process looks, so that all stop at the same sentence; then the first one changes the folder.
     if not overwrite and (done := _finished(folder, run)) is not None:
         console.print(f"{folder} is evaluated already, the same run.")

@@ -23,14 +23,16 @@ class EvaluateConfig:
     data: str = field(metadata={"help": "Prepared folder."})
     output: str = field(metadata={"help": "Folder for predictions.jsonl and metrics.json."})
     mode: Literal["direct"] = field(default="direct", metadata={"help": "direct: beams right after the history."})
-    split: Split = field(default="test", metadata={"help": "train, valid or test."})
+    split: Split = field(default="test", metadata={"help": "valid or test."})
     beams: int = field(default=20, metadata={"help": "Width of the search, and length of the lists."})
     k: list[int] = field(default_factory=lambda: [5, 10], metadata={"help": "Cut-offs of the metrics."})
     normaliser: Normaliser = field(
         default="level", metadata={"help": "What a code's probability is over: full, level or children (docs)."}
     )
     max_history: int | None = field(default=None, metadata={"help": "Items of a history. Default: as prepared."})
-    exclude_history: bool = field(default=False, metadata={"help": "Never recommend what the user has taken already."})
+    exclude_history: bool = field(
+        default=False, metadata={"help": "Never recommend an item of the history that the model is given."}
+    )
     name: str | None = field(default=None, metadata={"help": "Of the row in compare.py. Default: the model's folder."})
     seed: int = field(default=0, metadata={"help": "Of the training run, for compare.py; the search draws nothing."})
     batch_size: int | None = field(default=None, metadata={"help": "Users at once. Default: what memory allows."})
@@ -56,6 +58,11 @@ def evaluate(config: EvaluateConfig) -> dict | None:
     with processes() as group:
         catalogue = Catalogue.load(config.data)
         checkpoint = Checkpoint.load(config.model, group.device, config.dtype)
+        if (config.max_history or 0) > checkpoint.style.max_history:
+            raise UserError(
+                f"max_history {config.max_history}: the model reads the last {checkpoint.style.max_history} items",
+                fix=f"--max_history {checkpoint.style.max_history} or fewer",
+            )
         ranker = DirectRanker(
             checkpoint, catalogue, config.beams, config.normaliser, config.exclude_history, config.batch_size
         )

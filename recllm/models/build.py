@@ -107,6 +107,12 @@ def build_model(config: BuildModelConfig) -> Path:
     return output
 
 
+def made_of(config: BuildModelConfig) -> str:
+    """The fingerprint of what `build_model` would make."""
+    catalogue = Catalogue.load(config.data)
+    return _made_of(config, catalogue, _table(config, catalogue))
+
+
 def _table(config: BuildModelConfig, catalogue: Catalogue) -> SemanticIdTable:
     """The index; the data folder's own must be of this preparation, a named one of the same items."""
     path = config.semantic_ids or Path(config.data) / TABLE

@@ -15,21 +15,24 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from recllm import metrics
 from recllm.catalogue import Catalogue
 from recllm.checkpoint import REPORT, Checkpoint
 from recllm.decoding import Decoder
 from recllm.errors import UserError
-from recllm.files import digest, read_object, write_folder_whole, write_json
+from recllm.files import digest, read_object, restore_folder, write_folder_whole, write_json
 from recllm.launch import console
 from recllm.models.attention import use_fp32_attention
 from recllm.models.build import TINY, BuildModelConfig, build_model
+from recllm.models.build import made_of as start_made_of
+from recllm.pretrained import quiet
 from recllm.prompting import PromptStyle
 from recllm.tokenization import ItemTokens
 
 TEMPLATE = "<|im_start|>{history}"
+PLACES = ("data", "output", "semantic_ids", "overwrite")  # settings that do not change the model
 ALGORITHM = 1  # raised when the same settings come to give another model
 
 
@@ -68,45 +71,65 @@ class TigerConfig:
 def train_tiger(config: TigerConfig) -> Path:
     """Train into `config.output`, or leave it when it was trained from the same data in the same way. Resumes."""
     catalogue, output = Catalogue.load(config.data), Path(config.output)
-    start = _start(config, output)
-    places = ("data", "output", "semantic_ids", "overwrite")
-    settings = {name: value for name, value in vars(config).items() if name not in places}
-    made_of = digest(str(ALGORITHM), read_object(start / REPORT)["made_of"], repr(settings))
-    if (output / REPORT).exists() and not config.overwrite:
-        if read_object(output / REPORT).get("tiger", {}).get("made_of") != made_of:
-            raise UserError("the folder holds another model", file=output, fix="another --output, or --overwrite")
-        console.print(f"{output} is trained already, from the same data with the same settings.")
-        shutil.rmtree(start.parent)
+    settings = {name: value for name, value in vars(config).items() if name not in PLACES}
+    made_of = digest(str(ALGORITHM), start_made_of(start_of(config, output)), repr(settings))
+    if _already(output, made_of, config.overwrite):
         return output
-
+    # Beside the output, and named by what is trained: steps of other settings are never gone on from.
+    work = output.with_name(f"{output.name}.work-{made_of[:16]}")
+    if config.overwrite:
+        shutil.rmtree(work, ignore_errors=True)
+    start = build_model(start_of(config, work / "start"))
     style = PromptStyle(template=TEMPLATE, max_history=catalogue.report.get("max_history") or 50)
     checkpoint = Checkpoint.load(start)
     add_dropout(checkpoint.model, config.dropout)
-    trainer = trainer_of(config, catalogue, checkpoint, style, start.parent / "steps")
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
-    curve = [entry for entry in trainer.state.log_history if "eval_recall@10" in entry]
+    trainer = trainer_of(config, catalogue, checkpoint, style, work / "steps")
+    with quiet():  # Trainer takes the tied head for missing when it loads the best epoch
+        trainer.train(resume_from_checkpoint=last_whole_step(work / "steps"))
     with write_folder_whole(output) as folder:
         shutil.copytree(start, folder, dirs_exist_ok=True)
         checkpoint.model.save_pretrained(folder)
+        curve = [entry for entry in trainer.state.log_history if "eval_recall@10" in entry]
         report = read_object(start / REPORT) | {
             "prompt": {"template": style.template, "max_history": style.max_history},
             "tiger": {"made_of": made_of, "settings": settings, "validation": curve},
         }
         write_json(folder / REPORT, report)
-    shutil.rmtree(start.parent)
+    shutil.rmtree(work)
     return output
 
 
-def _start(config: TigerConfig, output: Path) -> Path:
-    """The untrained model, beside the output."""
-    start = output.with_name(f"{output.name}.work") / "start"
-    return build_model(
-        BuildModelConfig(
-            data=config.data, output=str(start), model=TINY, semantic_ids=config.semantic_ids, initialise="random",
-            tiny_width=config.width, tiny_layers=config.layers, tiny_vocabulary=512, seed=config.seed,
-            overwrite=config.overwrite,
-        )
+def _already(output: Path, made_of: str, overwrite: bool) -> bool:
+    """Is the model there? An error if something else is."""
+    restore_folder(output)
+    if not output.exists():
+        return False
+    report = read_object(output / REPORT) if (output / REPORT).exists() else {}
+    if "tiger" not in report:
+        raise UserError("holds files that are no model of this kind", file=output, fix="another --output")
+    if report["tiger"].get("made_of") == made_of and not overwrite:
+        console.print(f"{output} is trained already, from the same data with the same settings.")
+        return True
+    if not overwrite:
+        raise UserError("the folder holds another model", file=output, fix="another --output, or --overwrite")
+    return False
+
+
+def start_of(config: TigerConfig, folder: Path) -> BuildModelConfig:
+    """The untrained model."""
+    return BuildModelConfig(
+        data=config.data, output=str(folder), model=TINY, semantic_ids=config.semantic_ids, initialise="random",
+        tiny_width=config.width, tiny_layers=config.layers, tiny_vocabulary=512, seed=config.seed,
     )  # fmt: skip
+
+
+def last_whole_step(steps: Path) -> str | None:
+    """The newest checkpoint to go on from. Trainer writes its state at the end: a folder without it was cut off."""
+    for folder in sorted(steps.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        if (folder / TRAINER_STATE_NAME).exists():
+            return str(folder)
+        shutil.rmtree(folder)
+    return None
 
 
 class BarOnStderr(ProgressCallback):
@@ -159,9 +182,7 @@ class Validation:
         return cls(checkpoint.tokens, prompts, targets, writer.prefix, min(beams, len(table)))
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        training = model.training
         found = Decoder(model, self.tokens, prefix=self.prefix).beams(self.prompts, self.beams)
-        model.train(training)
         ranks = metrics.ranks(found.rows, self.targets)
         return {
             "recall@10": float(metrics.recall_at_k(ranks, 10).mean()),
@@ -195,6 +216,7 @@ def trainer_of(
         save_total_limit=2,
         disable_tqdm=False,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # or patience would start anew
         metric_for_best_model="recall@10",
         greater_is_better=True,
         logging_steps=max(1, steps // 2),
@@ -202,6 +224,7 @@ def trainer_of(
         seed=config.seed,
         dataloader_pin_memory=not cpu,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several would multiply the batch in silence
     validation = Validation.of(catalogue, checkpoint, style, config.validation_users, config.beams)
     dataset = Dataset.from_dict({"input_ids": sequences, "length": [len(ids) for ids in sequences]})
     return NextItemTrainer(

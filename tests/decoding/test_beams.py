@@ -115,6 +115,17 @@ def test_other_architectures(name):
         assert_exact(model, some_prompts(1), some_codes(1), normaliser)
 
 
+@pytest.mark.parametrize("window", [5, 8])
+def test_windows_shorter_than_the_prompts(window):
+    """Eight is more than the check's own tokens fill; and padding must not stand between prefix and prompt."""
+    torch.manual_seed(0)
+    config = MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=window)
+    model = shaken(MistralForCausalLM(config), 0)
+    prompts = [[5, 6, 7, *prompt] for prompt in some_prompts(1, (2, 20, 13))]
+    assert_exact(model, prompts, some_codes(1), "level")
+    assert_exact(model, prompts, some_codes(1), "level", prefix=(5, 6, 7))
+
+
 def test_which_models_take_the_mask():
     assert takes_tree_mask(some_model())
     assert takes_tree_mask(OTHERS["llama"]().eval())
@@ -164,6 +175,31 @@ def test_lora_adapters_are_heeded():
     assert_exact(model.eval(), some_prompts(0), some_codes(), "level")
 
 
+# ---- the model
+
+
+def test_a_decoder_follows_the_weights_and_ignores_dropout():
+    model, codes, prompts = some_model(), some_codes(), some_prompts(0)
+    decoder = Decoder(model, LEVELS, SemanticIdTrie.from_codes(codes, SIZES))
+    with torch.no_grad():
+        model.lm_head.weight *= 3
+    model.train()
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, _, output: torch.nn.functional.dropout(output, 0.5, module.training)
+    )  # fmt: skip
+    found = decoder.beams(prompts, 10)
+    assert model.training
+    assert torch.equal(found.scores, Decoder(model.eval(), LEVELS, decoder.trie).beams(prompts, 10).scores)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = some_model()
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        Decoder(model, LEVELS, SemanticIdTrie.from_codes(some_codes(), SIZES))
+
+
 # ---- batches
 
 
@@ -206,10 +242,27 @@ def test_out_of_memory_lowers_the_batch_and_nothing_else(monkeypatch, capsys):
         return TreeBranches(model, batch)
 
     monkeypatch.setattr("recllm.decoding.decoder.branches_of", tight)
-    found = Decoder(model, LEVELS, trie).beams(prompts, 10)
+    decoder = Decoder(model, LEVELS, trie)
+    found = decoder.beams(prompts, 10)
     assert torch.equal(found.rows, expected.rows)
     assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
     assert "as many beams" in capsys.readouterr().err
+
+
+def test_the_lowered_batch_is_remembered(monkeypatch):
+    sizes = []
+
+    def tight(model, batch):
+        sizes.append(len(batch.ids))
+        if len(batch.ids) > 2:
+            raise RuntimeError("CUDA error: out of memory")
+        return TreeBranches(model, batch)
+
+    monkeypatch.setattr("recllm.decoding.decoder.branches_of", tight)
+    decoder = Decoder(some_model(), LEVELS, SemanticIdTrie.from_codes(some_codes(), SIZES))
+    for _ in range(2):
+        decoder.beams(some_prompts(7, (3, 2, 1, 7)), 10)
+    assert sizes == [4, 2, 2, 2, 2]
 
 
 def test_one_prompt_that_does_not_fit_is_said(monkeypatch):

@@ -161,6 +161,11 @@ def test_data_of_other_items_are_refused(folders, tmp_path):
         evaluate(config((tmp_path / "other", folders[1]), tmp_path / "run"))
 
 
+def test_a_longer_history_than_the_model_reads_is_refused(folders, tmp_path):
+    with pytest.raises(UserError, match="max_history 51: the model reads the last 50 items"):
+        evaluate(config(folders, tmp_path / "run", max_history=51))
+
+
 def test_more_beams_than_items_are_refused(folders, tmp_path):
     with pytest.raises(UserError, match="40 beams over 12 items"):
         evaluate(EvaluateConfig(model=str(folders[1]), data=str(folders[0]), output=str(tmp_path), beams=40))

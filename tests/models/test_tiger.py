@@ -20,6 +20,7 @@ from recllm.models.tiger import (
     NextItemTrainer,
     TigerConfig,
     add_dropout,
+    last_whole_step,
     sequences_of,
     train_tiger,
 )
@@ -45,7 +46,7 @@ def test_the_result_is_a_checkpoint_that_recommends(trained):
     assert recommender.checkpoint.style == PromptStyle(template=TEMPLATE)
     report = json.loads((trained / "recllm.json").read_text())
     assert len(report["tiger"]["validation"]) == 2
-    assert not trained.with_name("tiger.work").exists()
+    assert not list(trained.parent.glob("tiger.work*"))
 
 
 def test_training_changes_the_weights(trained, folders):
@@ -63,6 +64,7 @@ def test_trained_again_it_returns_at_once_and_other_settings_are_refused(trained
     assert (trained / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="holds another model"):
         train_tiger(TigerConfig(**config | {"lr": 1e-4}))
+    assert train_tiger(TigerConfig(**config)) == trained  # and the refusal leaves nothing in the way
 
 
 def test_killed_after_an_epoch_it_goes_on_to_the_same_weights(trained, folders, tmp_path, monkeypatch):
@@ -84,6 +86,37 @@ def test_killed_after_an_epoch_it_goes_on_to_the_same_weights(trained, folders, 
     resumed = Checkpoint.load(tmp_path / "tiger").model.state_dict()
     for name, tensor in Checkpoint.load(trained).model.state_dict().items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_run_of_other_settings_is_never_gone_on_from(trained, folders, tmp_path, monkeypatch):
+    evaluate = NextItemTrainer.evaluate
+
+    def stop_in_the_second(self, *args, **kwargs):
+        if self.state.epoch > 1.5:
+            raise KeyboardInterrupt
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(NextItemTrainer, "evaluate", stop_in_the_second)
+    other = {"data": str(folders[0]), "output": str(tmp_path / "tiger"), **SMALL, "lr": 1e-2}
+    with pytest.raises(KeyboardInterrupt):
+        train_tiger(TigerConfig(**other))
+    monkeypatch.setattr(NextItemTrainer, "evaluate", evaluate)
+    train_tiger(TigerConfig(**other | {"lr": TigerConfig.lr}))
+    clean = Checkpoint.load(trained).model.state_dict()
+    for name, tensor in Checkpoint.load(tmp_path / "tiger").model.state_dict().items():
+        assert torch.equal(tensor, clean[name]), name
+
+
+def test_a_step_that_was_cut_off_is_not_gone_on_from(tmp_path):
+    for step, whole in ((30, True), (60, True), (90, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+        if whole:
+            (folder / "trainer_state.json").touch()
+    assert last_whole_step(tmp_path) == str(tmp_path / "checkpoint-60")
+    assert not (tmp_path / "checkpoint-90").exists()
+    assert last_whole_step(tmp_path / "nothing") is None
 
 
 def test_no_sequence_holds_a_validation_or_test_target(folders):
