@@ -217,6 +217,10 @@ def test_the_script(shop, tmp_path):
             {"name": "a", "seed": 1, "run": {"ranker": {"ranker": "popularity"}}},
             "b: is named 'a' as .*a is, with ranker 'popularity' and not 'semantic-ids'",
         ),
+        (
+            {"name": "a", "seed": 1, "run": {"ranker": {"ranker": "semantic-ids", "normaliser": "full"}}},
+            "b: is named 'a' as .*a is, with normaliser 'full' and not None",
+        ),
     ],
 )
 def test_runs_that_were_not_measured_alike_are_refused(shop, tmp_path, other, sentence):
