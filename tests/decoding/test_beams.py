@@ -192,6 +192,22 @@ def test_a_decoder_follows_the_weights_and_ignores_dropout():
     assert torch.equal(found.scores, Decoder(model.eval(), LEVELS, decoder.trie).beams(prompts, 10).scores)
 
 
+def test_a_forward_that_accelerate_wrapped_in_autocast_is_no_strange_head():
+    """In the middle of a bf16 training run: its rounding had come to more than the check allowed."""
+    from accelerate import Accelerator
+
+    model, codes, prompts = some_model(), some_codes(), some_prompts(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 3  # as far from fp32 as bf16 gets
+    expected = Decoder(model, LEVELS, SemanticIdTrie.from_codes(codes, SIZES)).beams(prompts, 10)
+    wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    tokens = torch.tensor([[1, 2, 3]])
+    assert not torch.equal(wrapped(tokens).logits, type(wrapped).forward(wrapped, tokens).logits)
+    found = Decoder(wrapped.eval(), LEVELS, SemanticIdTrie.from_codes(codes, SIZES)).beams(prompts, 10)
+    assert torch.equal(found.scores, expected.scores)
+
+
 def test_weights_that_are_not_finite_are_refused():
     model = some_model()
     with torch.no_grad():
