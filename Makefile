@@ -36,8 +36,9 @@ install: .venv/run.stamp  ## .venv with everything that runs
 demo: .venv/run.stamp  ## the main job on the embedded shop, from raw log to a model that holds the items
 	@$(BIN)/recllm demo --output $(OUTPUT)
 
+# Two workers of one thread each: with two threads each they would wait for each other on two cores.
 test: .venv/dev.stamp  ## the test suite
-	@$(BIN)/python -m pytest -n 2
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: .venv/dev.stamp  ## the tests that take minutes or gigabytes
 	@$(BIN)/python -m pytest -m slow
