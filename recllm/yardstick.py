@@ -5,7 +5,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from recllm.models.sasrec import SASRecConfig, SASRecRanker
 from recllm.models.sasrec_training import train_sasrec
 from recllm.models.tiger import TigerConfig, train_tiger
 
-Baseline = Literal["popularity", "repeat-last", "item-knn", "sasrec", "tiger"]
+BASELINES = ["popularity", "repeat-last", "item-knn", "sasrec", "tiger"]
 LEARNT = ("sasrec", "tiger")  # a run for each seed
 KINDS = {"sasrec": SASRecConfig, "tiger": TigerConfig}
 
@@ -32,8 +32,9 @@ class BaselinesConfig:
 
     data: str = field(metadata={"help": "Prepared folder; tiger needs its semantic_ids.json."})
     output: str = field(metadata={"help": "Folder for the trained models and the evaluations."})
-    baselines: list[Baseline] = field(
-        default_factory=lambda: list(typing.get_args(Baseline)), metadata={"help": "Which, in the table's order."}
+    baselines: list[str] = field(
+        default_factory=lambda: list(BASELINES),
+        metadata={"help": f"Which, in the table's order: {', '.join(BASELINES)}."},
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One training run each."})
     split: Split = field(default="test", metadata={"help": "Models are chosen on valid; look at test once."})
@@ -51,6 +52,8 @@ class BaselinesConfig:
         for name in ("baselines", "seeds"):
             if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise UserError(f"{name}: {getattr(self, name)} is no list of different ones")
+        if unknown := [name for name in self.baselines if name not in BASELINES]:
+            raise UserError(f"baselines: {unknown[0]!r} is not one of {', '.join(BASELINES)}")
         if self.exclude_history and "repeat-last" in self.baselines:
             raise UserError(
                 "repeat-last recommends the history, and that is excluded",

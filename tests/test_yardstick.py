@@ -22,7 +22,8 @@ def data(tmp_path_factory) -> Path:
 
 def test_all_of_them_on_the_same_users_in_one_table(data):
     command = [sys.executable, str(SCRIPT), "--data", str(data), "--output", str(data / "baselines"), "--k", "1", "3",
-               "--length", "5", "--seeds", "0", "1", "--settings", *QUICK]  # fmt: skip
+               "--length", "5", "--seeds", "0", "1", "--settings", *QUICK, "--baselines", "popularity", "repeat-last",
+               "item-knn", "sasrec", "tiger"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("popularity", "repeat-last", "item-knn", "sasrec", "tiger"):
@@ -69,6 +70,7 @@ def test_settings_of_the_models_are_converted():
         ({"settings": ["tiger.seed=3"]}, "is no setting"),
         ({"seeds": [0, 0]}, "no list of different"),
         ({"baselines": []}, "no list of different"),
+        ({"baselines": ["sasrc"]}, "'sasrc' is not one of popularity"),
         ({"exclude_history": True}, "repeat-last recommends the history"),
         ({"length": 3}, "too short"),
     ],
