@@ -41,7 +41,7 @@ class BenchmarkConfig:
     users: int = field(default=32, metadata={"help": "Prompts in a batch (P)."})
     hf_users: int = field(default=8, metadata={"help": "Prompts in a batch of HF's, the first of the same."})
     items: int = field(default=12_000, metadata={"help": "N."})
-    rounds: int = field(default=5, metadata={"help": "Times that each side runs; the median counts."})
+    rounds: int = field(default=3, metadata={"help": "Times that each side runs; the median counts."})
     trie_items: list[int] = field(default_factory=lambda: [10_000, 100_000, 1_000_000, 10_000_000])
     seed: int = field(default=0, metadata={"help": "Of weights, prompts and items."})
     measure: str | None = field(default=None, metadata={"help": "Internal: the memory of one side of one case."})
