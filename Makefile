@@ -73,6 +73,7 @@ bench: .venv/dev.stamp  ## the benchmarks of docs/performance.md (about 3 minute
 
 bench-decoding: .venv/dev.stamp  ## constrained decoding against HF generate (minutes; docs/decoding.md)
 	@$(BIN)/python benchmarks/decoding.py --output runs/bench/decoding.json
+	@$(BIN)/python benchmarks/trie.py --output runs/bench/trie.json
 
 bench-gpu:  ## everything that a GPU machine can check in one call, with its own torch: PYTHON=python3 make bench-gpu
 	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests; tests=$$?; \

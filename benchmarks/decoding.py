@@ -1,7 +1,7 @@
-"""Constrained decoding against HF generate, in one process, alternating; medians. Then the trie's size and cost.
+"""Constrained decoding against HF generate, in one process, alternating; medians.
 
     python benchmarks/decoding.py --output decoding.json         # CPU: a 4-layer Qwen3 of width 256; CUDA: 0.6B-shaped
-    python benchmarks/decoding.py --rounds 1 --trie_items 10000   # quick
+    python benchmarks/decoding.py --rounds 1     # quick
 
 Two ways that others decode: `generate` with an exact `prefix_allowed_tokens_fn`, and with a logits processor that loops
 over the beams and looks each prefix up in a dictionary. All get the same prompts (no padding, HF's best case), model
@@ -42,7 +42,6 @@ class BenchmarkConfig:
     hf_users: int = field(default=8, metadata={"help": "Prompts in a batch of HF's, the first of the same."})
     items: int = field(default=12_000, metadata={"help": "N."})
     rounds: int = field(default=3, metadata={"help": "Times that each side runs; the median counts."})
-    trie_items: list[int] = field(default_factory=lambda: [10_000, 100_000, 1_000_000, 10_000_000])
     seed: int = field(default=0, metadata={"help": "Of weights, prompts and items."})
     measure: str | None = field(default=None, metadata={"help": "Internal: the memory of one side of one case."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
@@ -244,31 +243,6 @@ def peak(config: BenchmarkConfig, place: int, side: str) -> int:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ---- the trie
-
-
-def trie_figures(config: BenchmarkConfig) -> list[dict]:
-    """Building, bytes, and what a whole search of 20 beams costs over tries of different sizes, the model included."""
-    model, ids = model_of("9k", config.seed), level_ids("9k")
-    decoders, figures = [], []
-    for items in config.trie_items:
-        codes = some_codes(items, config.seed)
-        start = time.perf_counter()
-        trie = SemanticIdTrie.from_codes(codes, (CODES,) * LEVELS)
-        built = time.perf_counter() - start
-        sizes = {"bytes": trie.bytes, "item_map_bytes": trie.rows.nbytes}
-        figures.append({"items": items, "build_seconds": built, **sizes})
-        decoders.append(Decoder(model, ids, trie, batch_size=config.users))
-    prompts = some_prompts(config, CASES[0])
-    times: list[list[float]] = [[] for _ in decoders]
-    for _ in range(8 * config.rounds):
-        for decoder, own in zip(decoders, times):
-            own.append(seconds(lambda decoder=decoder: decoder.beams(prompts, 20)))
-    for entry, own in zip(figures, times):
-        entry["search_seconds"] = statistics.median(own)
-    return figures
-
-
 def main(config: BenchmarkConfig) -> None:
     if config.measure:
         return measure(config)
@@ -294,19 +268,10 @@ def main(config: BenchmarkConfig) -> None:
     users = f"{config.users} users at a time (HF {config.hf_users}; memory: {config.hf_users} both)"
     launch.results.print(f"{users}, {config.items:,} items, {where}; times faster than HF:")
     launch.results.print(table)
-    tries = trie_figures(config)
-    table = Table("items", "build, s", "MB", "item map, MB", "20 beams, ms", "of the smallest")
-    for entry in tries:
-        ratio = entry["search_seconds"] / tries[0]["search_seconds"]
-        table.add_row(
-            f"{entry['items']:,}", f"{entry['build_seconds']:.2f}", f"{entry['bytes'] / 1e6:.1f}",
-            f"{entry['item_map_bytes'] / 1e6:.1f}", f"{1000 * entry['search_seconds']:.0f}", f"{ratio:.2f}",
-        )  # fmt: skip
-    launch.results.print(table)
     if config.output:
         write_json(
             config.output,
-            {"machine": where, "users": config.users, "hf_users": config.hf_users, "races": races, "tries": tries},
+            {"machine": where, "users": config.users, "hf_users": config.hf_users, "races": races},
         )
 
 
