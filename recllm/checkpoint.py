@@ -24,6 +24,7 @@ from recllm.semantic_ids import SemanticIdTable
 from recllm.tokenization import ItemTokens
 
 REPORT = "recllm.json"
+REASONING = "reasoning_prompt"  # in recllm.json, of a model that was taught to reason
 TABLE = "semantic_ids.json"
 ITEMS = "items.parquet"
 LONG_TEXT = ("description", "reviews")  # not needed to name an item or to filter
@@ -83,6 +84,15 @@ class Checkpoint:
     @property
     def writer(self) -> PromptWriter:
         return self.writer_of(self.style)
+
+    @property
+    def reasoning(self) -> PromptStyle:
+        """How it is asked to reason; a model that was not taught to is refused."""
+        if REASONING not in self.report:
+            raise UserError(
+                "the model was not taught to reason", file=self.name, fix="mode direct, or train it on reasoning data"
+            )
+        return PromptStyle.read(self.report[REASONING])
 
     def writer_of(self, style: PromptStyle) -> PromptWriter:
         return PromptWriter(style, self.table, self.tokenizer)

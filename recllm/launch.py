@@ -17,7 +17,7 @@ from trl import TrlParser
 from recllm.errors import UserError
 from recllm.files import read_lines
 
-EPILOG = "--config FILE.yaml takes settings from a file; what stands on the command line goes before it."
+EPILOG = "--config FILE.yaml takes settings from a file, a later --config goes before it, the command line before both."
 console = Console(stderr=True)  # progress and notes
 results = Console(soft_wrap=True)  # standard output is for results
 # transformers imports DeepSpeed when it saves; that a CPU was found is no warning to a user of a CPU.
@@ -66,25 +66,39 @@ def parse(
     parser = TrlParser(
         config_types, description=description, formatter_class=_Help, prog=prog, epilog=EPILOG, allow_abbrev=False
     )
-    path = args[args.index("--config") + 1] if "--config" in args[:-1] else None
-    if path is not None:
-        check_file(path, config_types)
+    paths, args = _take_configs(args)
+    for path in paths:
+        settings = check_file(path, config_types)
+        os.environ.update({name: str(value) for name, value in (settings.pop("env", None) or {}).items()})
+        parser.set_defaults_with_config(**settings)  # a later file goes before an earlier one
     try:
-        configs = parser.parse_args_and_config(args)
-    except IndexError:
-        raise UserError("--config needs a path", fix="--config settings.yaml") from None
+        configs = parser.parse_args_into_dataclasses(args=args)
     except ValueError as error:
         unknown = [arg for arg in args if arg.startswith("--") and arg in str(error)]
         if unknown:
             refuse_unknown(unknown[0].removeprefix("--"), config_types)
-        raise UserError(str(error), file=path, fix="--help lists the settings") from None
+        raise UserError(str(error), file=paths[-1] if paths else None, fix="--help lists the settings") from None
     for config in configs:
         check_types(config)
     return configs
 
 
-def check_file(path: str, config_types: Sequence[type]) -> None:
-    """The YAML can be read and its values are of the settings' types: argparse checks the command line alone.
+def _take_configs(args: list[str]) -> tuple[list[str], list[str]]:
+    """The files after --config, and what else stands on the command line."""
+    paths, others = [], []
+    rest = iter(args)
+    for arg in rest:
+        if arg != "--config":
+            others.append(arg)
+        elif (path := next(rest, None)) is None or path.startswith("--"):
+            raise UserError("--config needs a path", fix="--config settings.yaml")
+        else:
+            paths.append(path)
+    return paths, others
+
+
+def check_file(path: str, config_types: Sequence[type]) -> dict:
+    """The settings of a YAML whose values are of the settings' types: argparse checks the command line alone.
 
     Text passes for any single value, since argparse converts it (`5e-5` is text in YAML).
     """
@@ -106,6 +120,7 @@ def check_file(path: str, config_types: Sequence[type]) -> None:
         if name in values and not converted and not _fits(value, hint):
             fix = f"`{name}: [{value}]`" if isinstance(value, str) else f"correct `{name}`"
             raise UserError(f"{name}: {value!r} is not of type {_name(hint)}", file=path, fix=fix)
+    return values
 
 
 def refuse_unknown(name: str, config_types: Sequence[type], path: str | None = None) -> None:

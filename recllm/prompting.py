@@ -40,10 +40,19 @@ class PromptStyle:
     def text(self, history: Sequence[str], table: SemanticIdTable, tokenizer: PreTrainedTokenizerBase) -> str:
         items = self.separator.join(map(table.text_of, history[-self.max_history :]))
         text = self.template.replace(HISTORY, items)
-        if not self.chat:
-            return text
-        message = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return rendered(text, tokenizer, self.chat)
+
+
+def rendered(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> str:
+    """What the model reads: the text as it stands, or as a user's message after which the model speaks.
+
+    Training writes its prompts with this too. A template applied to question and answer together may write otherwise:
+    Qwen3's puts an empty thought before the answer, which then is trained on and never seen again.
+    """
+    if not chat:
+        return text
+    message = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

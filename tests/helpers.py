@@ -80,3 +80,39 @@ def write_small_model(folder: str | Path, items: int = 12, users: int = 30, seed
         )
     )  # fmt: skip
     return data, model
+
+
+def write_mixtures(data: str | Path, law: bool = False) -> tuple[Path, Path]:
+    """Alignment and reasoning data over every training position of what `write_small_model` wrote.
+
+    law  what follows is made the item after the last one of the history, in the order of the catalogue
+    """
+    import dataclasses
+
+    from datasets import Dataset
+
+    from recllm.mixtures.store import FEATURES, save_mixture
+    from recllm.prompting import PromptStyle
+    from recllm.reasoning import SHORT_TEMPLATE, Chain
+    from recllm.semantic_ids import SemanticIdTable
+
+    data = Path(data)
+    table, sequences = SemanticIdTable.load(data / "semantic_ids.json"), Catalogue.load(data).training_sequences()
+    for kind, style in (("alignment", PromptStyle()), ("reasoning", PromptStyle(template=SHORT_TEMPLATE))):
+        rows = []
+        for user, items in sequences.select("user", "items").iter_rows():
+            for place in range(1, len(items)):
+                history, item = items[:place], items[place]
+                item = table.items[(table.row_of[history[-1]] + 1) % len(table)] if law else item
+                chain = Chain(f"took {history[-1]}", "thing", f"more of {item[-1]}", tuple(history), item)
+                rows.append(
+                    {
+                        "task": "next_item" if kind == "alignment" else "reasoning",
+                        "prompt": style.text(history, table, None),
+                        "completion": table.text_of(item) if kind == "alignment" else chain.text(table),
+                        "user": user, "item": item, "history": history,
+                    }
+                )  # fmt: skip
+        report = {"kind": kind, "semantic_ids": table.fingerprint, "made_of": kind, "prompt": dataclasses.asdict(style)}
+        save_mixture(Dataset.from_list(rows, features=FEATURES), report, data / kind)
+    return data / "alignment", data / "reasoning"

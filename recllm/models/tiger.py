@@ -15,13 +15,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
-from recllm import metrics
 from recllm.catalogue import Catalogue
 from recllm.checkpoint import REPORT, Checkpoint
-from recllm.decoding import Decoder
 from recllm.errors import UserError
+from recllm.evaluation.validation import EvaluatesByDecoding, Validation
 from recllm.files import digest, read_object, restore_folder, write_folder_whole, write_json
 from recllm.launch import console
 from recllm.models.attention import use_fp32_attention
@@ -29,7 +27,7 @@ from recllm.models.build import TINY, BuildModelConfig, build_model
 from recllm.models.build import made_of as start_made_of
 from recllm.pretrained import quiet
 from recllm.prompting import PromptStyle
-from recllm.tokenization import ItemTokens
+from recllm.training import BarOnStderr, last_whole_step, made_for_bf16
 
 TEMPLATE = "<|im_start|>{history}"
 PLACES = ("data", "output", "semantic_ids", "overwrite")  # settings that do not change the model
@@ -123,71 +121,14 @@ def start_of(config: TigerConfig, folder: Path) -> BuildModelConfig:
     )  # fmt: skip
 
 
-def last_whole_step(steps: Path) -> str | None:
-    """The newest checkpoint to go on from. Trainer writes its state at the end: a folder without it was cut off."""
-    for folder in sorted(steps.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        if (folder / TRAINER_STATE_NAME).exists():
-            return str(folder)
-        shutil.rmtree(folder)
-    return None
-
-
-class BarOnStderr(ProgressCallback):
-    """The bar alone: ProgressCallback prints every log to standard output, which is for results."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and "eval_recall@10" in (logs or {}):
-            console.print(
-                f"epoch {logs['epoch']:.0f}: validation Recall@10 {logs['eval_recall@10']:.4f}", highlight=False
-            )
-
-
-class NextItemTrainer(Trainer):
+class NextItemTrainer(EvaluatesByDecoding, Trainer):
     """Only the evaluation differs from Trainer: Recall and NDCG of constrained beams, in place of a loss."""
 
-    def __init__(self, *args, validation: "Validation", **kwargs):
+    def __init__(self, *args, validation: Validation, **kwargs):
         super().__init__(*args, **kwargs)
         self.validation = validation
         if self.pop_callback(ProgressCallback):
             self.add_callback(BarOnStderr)
-
-    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
-        figures = {f"{metric_key_prefix}_{name}": value for name, value in self.validation(self.model).items()}
-        self.log(figures)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
-        return figures
-
-
-@dataclass(frozen=True, eq=False)
-class Validation:
-    """Figures of a model on fixed validation users."""
-
-    tokens: ItemTokens
-    prompts: list[list[int]]
-    targets: Tensor  # (P,) rows of the table
-    prefix: tuple[int, ...]
-    beams: int
-
-    @classmethod
-    def of(
-        cls, catalogue: Catalogue, checkpoint: Checkpoint, style: PromptStyle, users: int, beams: int
-    ) -> "Validation":
-        cases = catalogue.targets("valid", style.max_history)
-        if cases.is_empty():
-            raise UserError("there is no validation target to choose an epoch by", file=catalogue.folder)
-        cases = cases.sample(min(users, len(cases)), seed=0)  # the same users whatever the run's seed
-        table, writer = checkpoint.table, checkpoint.writer_of(style)
-        targets = torch.tensor([table.row_of[item] for item in cases["item"].to_list()])
-        prompts = writer.ids(cases["history"].to_list())
-        return cls(checkpoint.tokens, prompts, targets, writer.prefix, min(beams, len(table)))
-
-    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        found = Decoder(model, self.tokens, prefix=self.prefix).beams(self.prompts, self.beams)
-        ranks = metrics.ranks(found.rows, self.targets)
-        return {
-            "recall@10": float(metrics.recall_at_k(ranks, 10).mean()),
-            "ndcg@10": float(metrics.ndcg_at_k(ranks, 10).mean()),
-        }
 
 
 def trainer_of(
@@ -283,10 +224,3 @@ def add_dropout(model: PreTrainedModel, share: float) -> None:
     for layer in model.get_decoder().layers:
         layer.self_attn.register_forward_hook(drop)
         layer.mlp.register_forward_hook(drop)
-
-
-def made_for_bf16() -> bool:
-    """CUDA devices since Ampere, and processors with AMX tiles; on others bf16 is slower than fp32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported()

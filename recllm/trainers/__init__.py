@@ -1,0 +1,1 @@
+"""Trainers: each answers one question differently from TRL's, and says so."""
