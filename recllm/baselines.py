@@ -5,6 +5,7 @@ Equal scores are ordered by row, so a ranking is a function of the data alone.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -88,8 +89,8 @@ class Popularity:
 
     def rank(self, cases: pl.DataFrame, k: int) -> Ranking:
         if not self.exclude_history:
-            rows, scores = best_items(self.counts.unsqueeze(0), k)
-            return Ranking(rows.expand(len(cases), k), scores.expand(len(cases), k))
+            best = best_items(self.counts.unsqueeze(0), k)
+            return Ranking(best.rows.expand(len(cases), k), best.scores.expand(len(cases), k))
         found, lengths = history_rows(cases, self.item_ids)
         step, starts = max(1, CELLS // len(self.counts)), np.concatenate([[0], np.cumsum(lengths)])
         parts = []
@@ -97,7 +98,7 @@ class Popularity:
             some = lengths[first : first + step]
             seen = torch.from_numpy(case_numbers(some)), torch.from_numpy(found[starts[first] :][: some.sum()])
             parts.append(best_items(self.counts.float().expand(len(some), -1), k, seen))
-        return Ranking(*(torch.cat(part) for part in zip(*parts))) if parts else empty(k)
+        return joined(parts) if parts else empty(k)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,7 +162,7 @@ class ItemKNN:
         history = scipy.sparse.csr_array((weights, found, starts), shape=(len(cases), len(self.item_ids)))
         step = max(1, CELLS // len(self.item_ids))
         parts = [self._best(history[first : first + step], k) for first in range(0, len(cases), step)]
-        return Ranking(*(torch.cat(part) for part in zip(*parts))) if parts else empty(k)
+        return joined(parts) if parts else empty(k)
 
     def _best(self, history: scipy.sparse.csr_array, k: int) -> Ranking:
         scores = torch.from_numpy((history @ self.similarity).toarray())  # (p, N)
@@ -191,6 +192,10 @@ def keep_best(similarity: scipy.sparse.csr_array, k: int) -> scipy.sparse.csr_ar
     place = np.arange(len(order)) - similarity.indptr[row]  # rows stay together under the sort, so `row` is sorted too
     kept = order[place < k]
     return scipy.sparse.csr_array((similarity.data[kept], (row[kept], similarity.indices[kept])), similarity.shape)
+
+
+def joined(parts: Sequence[Ranking]) -> Ranking:
+    return Ranking(torch.cat([part.rows for part in parts]), torch.cat([part.scores for part in parts]))
 
 
 def empty(k: int) -> Ranking:

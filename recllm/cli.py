@@ -3,6 +3,7 @@
 recllm demo              the whole way from a log to a model, on the embedded shop
 recllm recommend         what a checkpoint recommends after a history
 recllm inspect FOLDER    what a prepared folder or a checkpoint holds
+recllm publish FOLDER    complete a checkpoint with its card and, with --repo user/name, upload it to the Hub
 recllm version
 """
 
@@ -12,6 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from recllm import launch
 from recllm.errors import UserError
@@ -45,6 +47,13 @@ class RecommendConfig:
         default_factory=list, metadata={"help": "column=value of the items; several values of a column: any of them."}
     )
     beams: int | None = field(default=None, metadata={"help": "Width of the search. Default: 20, or k."})
+    mode: Literal["direct", "reason"] = field(
+        default="direct", metadata={"help": "reason: the model says first what it makes of the history."}
+    )
+    temperature: float = field(default=0.0, metadata={"help": "reason: of the draws. 0: the best token every time."})
+    top_p: float = field(default=0.9, metadata={"help": "reason: of the draws."})
+    max_new_tokens: int = field(default=512, metadata={"help": "reason: longest chain."})
+    seed: int = field(default=0, metadata={"help": "reason: of the draws."})
     json: bool = field(default=False, metadata={"help": "One JSON object a line in place of the table."})
 
     def __post_init__(self):
@@ -62,24 +71,65 @@ class RecommendConfig:
 
 def recommend(config: RecommendConfig) -> None:
     """What a checkpoint recommends to a user with this history."""
+    from recllm.decoding.chains import Sampling
     from recllm.recommender import Recommender
-    from recllm.summary import recommendations_table
+    from recllm.summary import reasoning_table, recommendations_table
+
+    sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens)
 
     recommender = Recommender.from_pretrained(config.model)
     recommender.writer.check(config.history)
     exclude = [*config.exclude, *(config.history if config.exclude_history else [])]
     found = recommender.recommend(
-        config.history, config.k, beams=config.beams, exclude=exclude, filter=config.filters()
+        config.history, config.k, config.mode, beams=config.beams, exclude=exclude, filter=config.filters(),
+        sampling=sampling, seed=config.seed,
     )  # fmt: skip
     if config.json:
         for one in found:
-            print(json.dumps(dataclasses.asdict(one), ensure_ascii=False))
+            said = {name: value for name, value in dataclasses.asdict(one).items() if value is not None}
+            print(json.dumps(said, ensure_ascii=False))
         return
     titles = dict(recommender.checkpoint.items.select("item", "title").iter_rows())
     launch.results.print(recommendations_table("the history", [(item, titles[item], None) for item in config.history]))
+    if found and found[0].reasoning is not None:
+        launch.results.print(reasoning_table(found[0].reasoning, titles))
     launch.results.print(
         recommendations_table("recommended", [(one.item, one.title, one.score) for one in found])
     )  # fmt: skip
+
+
+@dataclass
+class PublishConfig:
+    """Settings of `recllm publish`."""
+
+    folder: str = field(metadata={"help": "A checkpoint folder."})
+    repo: str | None = field(
+        default=None, metadata={"help": "user/name on the Hub. Without it the folder is completed and checked only."}
+    )
+    private: bool = field(default=False, metadata={"help": "Make the repository private, if it is new."})
+    results: list[str] = field(default_factory=list, metadata={"help": "Evaluation folders, for the card's table."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to; made if it is not there."})
+
+    def __post_init__(self):
+        if self.repo is None and (self.private or self.revision):
+            raise UserError("private and revision are of a repository, and none is named", fix="--repo user/name")
+
+
+def publish(config: PublishConfig) -> None:
+    """Complete a checkpoint folder with settings, results and a card; with --repo, upload it to the Hub.
+
+    The token is that of `hf auth login`, or of HF_TOKEN.
+    """
+    from recllm.publish import check_complete, complete, push
+
+    card = complete(config.folder, results=config.results, repo=config.repo)
+    if config.repo is None:
+        check_complete(config.folder)
+        launch.console.print(f"{config.folder} is complete; --repo user/name uploads it.", highlight=False)
+        print(card)
+        return
+    launch.console.print(f"uploading {config.folder} to {config.repo}", highlight=False)
+    print(push(config.folder, config.repo, private=config.private, revision=config.revision))
 
 
 def main() -> None:
@@ -98,7 +148,11 @@ def main() -> None:
         elif name == "inspect":
             folder = ["--folder", *args] if args and not args[0].startswith("-") else args
             launch.run(inspect, InspectConfig, args=folder, description=inspect.__doc__, prog="recllm inspect")
+        elif name == "publish":
+            folder = ["--folder", *args] if args and not args[0].startswith("-") else args
+            launch.run(publish, PublishConfig, args=folder, description=publish.__doc__, prog="recllm publish")
         else:
             raise UserError(
-                f"{name!r} is not a command", fix="recllm demo, recllm recommend, recllm inspect FOLDER, recllm version"
+                f"{name!r} is not a command",
+                fix="recllm demo, recllm recommend, recllm inspect FOLDER, recllm publish FOLDER, recllm version",
             )

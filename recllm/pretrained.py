@@ -17,6 +17,7 @@ from recllm.files import digest, sha256_file
 
 COMPLETE = "give the name of a causal LM on the Hub, or a folder with its safetensors, config.json and tokenizer"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EVALUATIONS = "evaluations"  # what was measured of a model, inside its folder, does not make it another one
 IDENTITY = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken")  # files that say which model it is
 
 
@@ -55,7 +56,8 @@ def which_model(name: str, revision: str | None = None) -> str:
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{revision or 'main'}"
-    files = sorted(path for path in folder.rglob("*") if path.suffix in IDENTITY)
+    named = ((path, path.relative_to(folder).parts) for path in folder.rglob("*") if path.suffix in IDENTITY)
+    files = sorted(path for path, parts in named if EVALUATIONS not in parts)
     parts = (part for path in files for part in (path.relative_to(folder).as_posix(), sha256_file(path)))
     return f"{folder.resolve().name}@sha256:{digest(*parts)[:16]}"
 

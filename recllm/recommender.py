@@ -3,10 +3,12 @@
 recommender = Recommender.from_pretrained("runs/mine/model")
 for one in recommender.recommend(["B0042", "B0007"], k=5, filter={"brand": "Nord"}):
     print(one.item, one.title, one.score)
+recommender.recommend(["B0042", "B0007"], mode="reason")[0].reasoning.intent
 """
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,24 +19,43 @@ from torch import Tensor
 
 from recllm.checkpoint import Checkpoint
 from recllm.decoding import Answers, Decoder, Normaliser
+from recllm.decoding.chains import Sampling
 from recllm.errors import UserError
+from recllm.reasoner import Reasoner, opened
+from recllm.reasoning import Chain
 
 Filter = Mapping[str, object] | pl.Expr
 BEAMS = 20  # fewer are not wanted even for a short list: a good item's first code may be the fifth best
+BEST_CHAIN = Sampling(temperature=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
     item: str
     title: str
-    score: float  # log-probability
+    score: float  # log-probability of the item's codes, after the chain where there is one
+    # Mode reason: the stages that led here, with this item as the answer; the text itself if it has not the form.
+    reasoning: Chain | str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked of the engine beside the prompts."""
+
+    k: int
+    beams: int
+    allowed: Tensor | None  # (N,) bool
+    exclude: list[list[int]] | None  # rows of each prompt
+
+    def best(self, found: Answers) -> Answers:
+        return Answers(found.rows[:, : self.k], found.codes[:, : self.k], found.scores[:, : self.k])
 
 
 class Recommender:
     """A checkpoint and its engine. Thread-safe to read; one question at a time."""
 
     def __init__(self, checkpoint: Checkpoint, normaliser: Normaliser = "level", batch_size: int | None = None):
-        self.checkpoint = checkpoint
+        self.checkpoint, self.normaliser = checkpoint, normaliser
         self.writer = checkpoint.writer
         self.decoder = Decoder(
             checkpoint.model,
@@ -61,11 +82,13 @@ class Recommender:
         self,
         history: Sequence[str] | Sequence[Sequence[str]],
         k: int = 10,
-        mode: Literal["direct"] = "direct",
+        mode: Literal["direct", "reason"] = "direct",
         *,
         beams: int | None = None,
         exclude: Iterable[str] | Literal["history"] | None = None,
         filter: Filter | None = None,
+        sampling: Sampling = BEST_CHAIN,
+        seed: int = 0,
     ) -> list[Recommendation] | list[list[Recommendation]]:
         """The k best items for one history (item ids, oldest first) or for each of several.
 
@@ -73,14 +96,22 @@ class Recommender:
         filter    {"brand": "Nord", "categories": ["Shoes", "Socks"]} (any of them), or a polars expression over
                   the item columns; decoding stays among the items that pass, so k of them come back if there are k
         beams     width of the search, by default 20 or k
+        mode      reason: the model writes a chain first and the list follows from it, filters and all; each
+                  recommendation has it as `reasoning`. A chain that comes to no answer within its limit is cut
+                  short, and the list follows from what there is
+        sampling  mode reason: how the chain is drawn; by default the best token every time
+        seed      mode reason: of the draws
         """
-        if mode != "direct":
-            raise UserError(f"mode {mode!r} is not one of direct")
+        if mode not in ("direct", "reason"):
+            raise UserError(f"mode {mode!r} is not one of direct, reason")
         history = history if isinstance(history, str) else list(history)
         single = not history or isinstance(history, str) or not isinstance(history[0], list | tuple)
         histories = [history] if single else history
-        found = self.ranked(histories, k, beams, exclude, filter)
-        lists = [self._named(rows, scores) for rows, scores in zip(found.rows.tolist(), found.scores.tolist())]
+        if mode == "direct":
+            found = self.ranked(histories, k, beams, exclude, filter)
+            lists = [self._named(rows, scores) for rows, scores in zip(found.rows.tolist(), found.scores.tolist())]
+        else:
+            lists = self._reasoned(histories, self._question(histories, k, beams, exclude, filter), sampling, seed)
         return lists[0] if single else lists
 
     def ranked(
@@ -92,10 +123,20 @@ class Recommender:
         filter: Filter | None = None,
     ) -> Answers:
         """The same as rows of the checkpoint's table."""
+        asked = self._question(histories, k, beams, exclude, filter)
+        prompts = self.writer.ids(histories)
+        return asked.best(self.decoder.beams(prompts, asked.beams, asked.allowed, asked.exclude))
+
+    def _question(
+        self, histories: Sequence[Sequence[str]], k: int, beams: int | None,
+        exclude: Iterable[str] | Literal["history"] | None, filter: Filter | None,
+    ) -> "Question":  # fmt: skip
+        """What is asked, checked."""
         table = self.checkpoint.table
         if isinstance(exclude, str) and exclude != "history":
             raise UserError(f"exclude is a list of items or 'history', got {exclude!r}", fix=f"[{exclude!r}]")
-        prompts = self.writer.ids(histories)
+        for history in histories:
+            self.writer.check(history)
         allowed = self.allowed(filter, () if exclude in (None, "history") else exclude)
         possible = len(table) if allowed is None else int(allowed.sum())
         if not isinstance(k, int) or not 1 <= k <= possible:
@@ -104,8 +145,33 @@ class Recommender:
         if beams is not None and beams < k:
             raise UserError(f"{beams} beams cannot give {k} items", fix=f"--beams {k} or more")
         own = [[table.row_of[item] for item in history] for history in histories] if exclude == "history" else None
-        found = self.decoder.beams(prompts, beams or max(k, min(BEAMS, possible)), allowed, own)
-        return Answers(found.rows[:, :k], found.codes[:, :k], found.scores[:, :k])
+        return Question(k, beams or max(k, min(BEAMS, possible)), allowed, own)
+
+    def _reasoned(
+        self, histories: Sequence[Sequence[str]], asked: "Question", sampling: Sampling, seed: int
+    ) -> list[list[Recommendation]]:
+        """A chain for each history, then beams."""
+        reasoner = dataclasses.replace(self._reasoner, sampling=sampling)
+        prompts = reasoner.writer.ids(histories)
+        eos = self.checkpoint.tokenizer.eos_token_id
+        chains = [[opened(one, reasoner.openings[0], eos)] for (one,) in reasoner.chains(prompts, 1, seed)]
+        found = asked.best(reasoner.beams(prompts, chains, asked.beams, asked.allowed, asked.exclude))
+        lists = []
+        for (chain,), rows, scores in zip(chains, found.rows.tolist(), found.scores.tolist()):
+            named = self._named(rows, scores)
+            said = reasoner.parsed(chain, named[0].item) if named else None
+            lists.append([
+                dataclasses.replace(
+                    one,
+                    reasoning=dataclasses.replace(said, item=one.item) if said else reasoner.text(chain),
+                )
+                for one in named
+            ])  # fmt: skip
+        return lists
+
+    @functools.cached_property
+    def _reasoner(self) -> Reasoner:
+        return Reasoner.of(self.checkpoint, BEST_CHAIN, self.normaliser, self.decoder.batch_size)
 
     def allowed(self, filter: Filter | None, exclude: Iterable[str] = ()) -> Tensor | None:
         """Which items may be shown, None for all. (N,) bool"""

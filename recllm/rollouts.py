@@ -48,7 +48,7 @@ class AnswerRule:
             SemanticIdTrie.from_codes(table.codes, table.sizes),
             ItemTokens.of(tokenizer, table).levels,
             tokenizer.eos_token_id,
-            _openings(tokenizer, opening) if opening else (),
+            openings_of(tokenizer, opening) if opening else (),
             _ids_of_tag(tokenizer, closing, "closing") if closing else (),
         )
 
@@ -120,7 +120,7 @@ class AnswerRule:
         return frozenset({*self._code_of, *self.closing, *(tag[-1] for tag in self.openings)})
 
 
-def _openings(tokenizer: Any, tag: str) -> tuple[tuple[int, ...], ...]:
+def openings_of(tokenizer: Any, tag: str) -> tuple[tuple[int, ...], ...]:
     """The ways in which a tag of several tokens may be written; not those that end in another of them."""
     alone = _ids_of_tag(tokenizer, tag, "opening")
     melted = {_ids_of_tag(tokenizer, before + tag, "opening") for before in BEFORE_TAG}

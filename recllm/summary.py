@@ -1,5 +1,6 @@
 """Short tables that say what an artifact holds, for the scripts and `recllm inspect`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.table import Table
@@ -8,6 +9,7 @@ from rich.text import Text
 from recllm.catalogue import Catalogue
 from recllm.errors import UserError
 from recllm.files import read_json
+from recllm.reasoning import Chain
 from recllm.semantic_ids import SemanticIdTable
 
 
@@ -112,4 +114,28 @@ def recommendations_table(title: str, rows: list[tuple[str, str, float | None]])
     for number, (item, name, score) in enumerate(rows, 1):
         words = Text(item), Text(name)  # a title in [brackets] is no markup
         table.add_row(f"{number}.", *words, *([f"{score:.2f}"] if scored else []))
+    return table
+
+
+def reasoning_table(reasoning: Chain | str, titles: Mapping[str, str]) -> Table:
+    """A chain stage by stage; a text that is none, as it was written."""
+    if isinstance(reasoning, str):
+        return _stages("reasoning, not in the form that was taught", {"": reasoning})
+    kept = [f"{titles[item]} ({item})" if titles.get(item) else item for item in reasoning.history]
+    rows = {
+        "evidence": reasoning.evidence,
+        "preferences": reasoning.preferences,
+        "intent": reasoning.intent,
+        "history kept": ", ".join(kept),
+    } | ({"why": reasoning.justification} if reasoning.justification else {})
+    return _stages("reasoning", rows)
+
+
+def _stages(title: str, rows: Mapping[str, str]) -> Table:
+    """What a model wrote in [brackets] is no markup."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, said in rows.items():
+        table.add_row(name, Text(said.strip()))
     return table

@@ -8,10 +8,14 @@ import polars as pl
 import pytest
 import torch
 from helpers import write_small_model
+from taught import chain_of, write_reasoning_model
 
 from recllm import Recommender, SemanticIdTable, cli
 from recllm.checkpoint import Checkpoint
+from recllm.decoding import Decoder
+from recllm.decoding.chains import Sampling
 from recllm.errors import UserError
+from recllm.reasoning import Chain
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +202,96 @@ def test_the_command_refuses_in_one_line(folders, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert sentence in error
         assert error.count("\n") == 1
+
+
+# ---- by reasoning
+
+
+@pytest.fixture(scope="module")
+def reasoning_folder(tmp_path_factory):
+    return write_reasoning_model(tmp_path_factory.mktemp("reason"))[1]
+
+
+@pytest.fixture(scope="module")
+def thinker(reasoning_folder) -> Recommender:
+    return Recommender.from_pretrained(reasoning_folder, device="cpu")
+
+
+def test_the_chain_comes_stage_by_stage_with_the_item(thinker):
+    found = thinker.recommend(["i1", "i2", "i5"], k=4, mode="reason")
+    taught = chain_of(["i1", "i2"])
+    assert len({one.item for one in found}) == 4
+    for one in found:
+        assert isinstance(one.reasoning, Chain)
+        assert one.reasoning.item == one.item
+        stages = (one.reasoning.evidence, one.reasoning.preferences, one.reasoning.intent, one.reasoning.justification)
+        assert stages == (taught.evidence, taught.preferences, taught.intent, taught.justification)
+        assert all(item in thinker.checkpoint.table for item in one.reasoning.history)
+    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+    # The list is that of direct beams after a prompt that goes on with the chain.
+    ids = thinker.checkpoint.writer_of(thinker.checkpoint.reasoning).ids([["i1", "i2", "i5"]])[0]
+    text = found[0].reasoning.text(thinker.checkpoint.table).partition("<answer>")[0] + "<answer>"
+    ids += thinker.checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
+    rows = Decoder(thinker.checkpoint.model, thinker.checkpoint.tokens).beams([ids], 12).rows[0, :4].tolist()
+    assert [one.item for one in found] == [thinker.checkpoint.table.items[row] for row in rows]
+
+
+def test_reasoning_keeps_filters_and_exclusions(thinker):
+    found = thinker.recommend(["i1", "i2"], k=4, mode="reason", filter={"brand": "A"}, exclude="history")
+    assert len(found) == 4
+    assert all(int(one.item[1:]) % 2 == 0 and one.item not in ("i1", "i2") for one in found)
+    for history, found in zip(
+        (["i1", "i2"], ["i5"]), thinker.recommend([["i1", "i2"], ["i5"]], k=3, mode="reason"), strict=True
+    ):
+        alone = thinker.recommend(history, k=3, mode="reason")
+        assert [(one.item, one.reasoning) for one in found] == [(one.item, one.reasoning) for one in alone]
+        assert [one.score for one in found] == pytest.approx([one.score for one in alone], abs=1e-4)
+    with pytest.raises(UserError, match="k = 7, and the filter leaves 6 items"):
+        thinker.recommend(["i1"], k=7, mode="reason", filter={"brand": "A"})
+    with pytest.raises(UserError, match="knows no item 'unheard'"):
+        thinker.recommend(["unheard"], k=1, mode="reason")
+
+
+def test_a_seed_and_a_temperature_draw_the_chain(thinker):
+    def kept(seed):
+        drawn = Sampling(1.0, 1.0, 60)
+        (first,) = thinker.recommend(["i1", "i2"], k=1, mode="reason", sampling=drawn, seed=seed)
+        return first.reasoning if isinstance(first.reasoning, str) else first.reasoning.history
+
+    assert kept(3) == kept(3)
+    assert len({str(kept(seed)) for seed in range(6)}) > 1
+
+
+def test_a_chain_cut_short_still_recommends_and_is_shown_as_it_is(thinker, reasoning_folder):
+    found = thinker.recommend(["i1"], k=3, mode="reason", sampling=Sampling(0, 1.0, 5))
+    assert len(found) == 3
+    assert all(isinstance(one.reasoning, str) for one in found)
+    assert found[0].reasoning.startswith("<think>")
+    assert found[0].reasoning.endswith("<answer>")
+
+
+def test_direct_recommendations_have_no_reasoning(thinker, recommender):
+    assert [one.reasoning for one in thinker.recommend(["i1"], k=2)] == [None, None]
+    with pytest.raises(UserError, match="was not taught to reason"):
+        recommender.recommend(["i1"], k=2, mode="reason")
+
+
+def test_the_command_prints_the_stages_above_the_list(reasoning_folder, monkeypatch, capsys):
+    command = ["recllm", "recommend", "--model", str(reasoning_folder), "--history", "i1", "i2", "--k", "2"]
+    monkeypatch.setattr("sys.argv", [*command, "--mode", "reason"])
+    cli.main()
+    printed = capsys.readouterr().out
+    taught = chain_of(["i1"])
+    places = [printed.index(said) for said in ("evidence", taught.evidence, "preferences", "intent", "history kept")]
+    assert places == sorted(places)
+    assert places[-1] < printed.index("recommended")
+    monkeypatch.setattr("sys.argv", [*command, "--mode", "reason", "--json"])
+    cli.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["reasoning"]["item"] for line in lines] == [line["item"] for line in lines]
+    monkeypatch.setattr("sys.argv", [*command, "--json"])
+    cli.main()
+    assert all("reasoning" not in json.loads(line) for line in capsys.readouterr().out.splitlines())
+    monkeypatch.setattr("sys.argv", [*command, "--mode", "reason", "--max_new_tokens", "3"])
+    cli.main()
+    assert "not in the form that was taught" in capsys.readouterr().out

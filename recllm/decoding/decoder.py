@@ -82,12 +82,13 @@ class Decoder:
 
     def samples(
         self, prompts: Prompts, answers: int, *, temperature: float = 1.0, top_p: float = 1.0, replacement: bool = True,
-        seed: int = 0, allowed: Tensor | None = None, exclude: Sequence[Sequence[int]] | None = None,
+        seed: int = 0, keys: Sequence[object] | None = None, allowed: Tensor | None = None,
+        exclude: Sequence[Sequence[int]] | None = None,
     ) -> Answers:  # fmt: skip
         """`answers` draws from softmax(logits / temperature) over the allowed children of each prefix, cut at top_p.
 
-        Without replacement they are different items. A prompt's draws depend on the seed and its place among the
-        prompts, not on the batches.
+        Without replacement they are different items. A prompt's draws depend on the seed and its key (without `keys`,
+        its place among the prompts), not on the batches.
         """
         if temperature <= 0 or not 0 < top_p <= 1:
             raise UserError(
@@ -96,7 +97,7 @@ class Decoder:
         levels, device = self.trie.levels, self.trie.rows.device
 
         def draw(walk: Walk, places: Sequence[int]) -> Found:
-            generators = [_generator(seed, place) for place in places]
+            generators = [generator_of(seed, place if keys is None else keys[place]) for place in places]
             if replacement:
                 uniform = torch.stack([torch.rand(answers, levels, generator=g) for g in generators])
                 return samples(walk, uniform.to(device), temperature, top_p)
@@ -187,9 +188,9 @@ def without_dropout(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _generator(seed: int, place: int) -> torch.Generator:
-    """One for each prompt. torch keeps the last 32 bits of a seed, so the two numbers are hashed into them."""
-    return torch.Generator().manual_seed(int(digest(str(seed), str(place))[:8], 16))
+def generator_of(seed: int, *which: object) -> torch.Generator:
+    """One for each prompt. torch keeps the last 32 bits of a seed, so seed and place are hashed into them."""
+    return torch.Generator().manual_seed(int(digest(str(seed), *map(str, which))[:8], 16))
 
 
 def beam_search(

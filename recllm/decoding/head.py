@@ -41,7 +41,7 @@ class Head:
                 fix="use the semantic_ids.json inside the model's folder",
             )
         self.ids = [ids.to(self.weight.device) for ids in levels]  # L of (V,)
-        self.finish = _finish(model)
+        self.finish = finish_of(model)
         self.gather()
 
     def gather(self) -> None:
@@ -71,7 +71,7 @@ class Head:
         return torch.stack(parts).logsumexp(dim=0)
 
 
-def _finish(model: PreTrainedModel):
+def finish_of(model: PreTrainedModel):
     """What the model does to its logits after the matrix: Gemma's soft cap, Cohere's or Granite's scale. (…) -> (…)
 
     Compared with the model's own logits on a few tokens: an unknown head is refused rather than scored wrongly.

@@ -29,7 +29,14 @@ from recllm.evaluation.slices import to_tensor
 from recllm.files import read_object, require
 
 FILE = "metrics.json"
-ALIKE = ("k", "max_history", "exclude_history")  # of the protocol; the rest may differ and is shown where it does
+ALIKE = (
+    "k",
+    "max_history",
+    "exclude_history",
+    "users",
+    "users_seed",
+)  # of the protocol; the rest may differ and is shown where it does
+PASS = "pass@"
 CASE = [*KEY, "target"]
 OF_ONE_SEED = ("seed", "checkpoint", "weights")  # of a ranker: what differs between runs of one row
 
@@ -40,7 +47,7 @@ class CompareConfig:
     baseline: str | None = field(default=None, metadata={"help": "The name all others are tested against: the first."})
     metrics: list[str] = field(
         default_factory=lambda: ["recall@5", "recall@10", "ndcg@5", "ndcg@10"],
-        metadata={"help": "The columns: recall@K, ndcg@K or mrr@K, as in metrics.json."},
+        metadata={"help": "The columns: recall@K, ndcg@K, mrr@K, or pass@K of samples, as in metrics.json."},
     )
     format: Literal["text", "markdown", "latex"] = field(default="text", metadata={"help": "How the table is written."})
     output: str | None = field(default=None, metadata={"help": "The file to write; standard output without it."})
@@ -76,13 +83,21 @@ class Evaluation(msgspec.Struct):
     users: int
     targets: int
     metrics: dict[str, float]
+    reasoning: dict[str, Any] = {}
+
+    @property
+    def of_cases(self) -> dict[str, float]:
+        """The figures that follow from each case of the predictions."""
+        of_samples = self.reasoning.get("metrics", {})
+        passed = {name: value for name, value in of_samples.items() if name.startswith(PASS)}
+        return {name: value for name, value in self.metrics.items() if is_of_cases(name)} | passed
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     folder: Path
     evaluation: Evaluation
-    cases: pl.DataFrame  # user, position, target, rank; sorted by user and position
+    cases: pl.DataFrame  # user, position, target, rank, samples, right; sorted by user and position
 
     @property
     def about(self) -> Described:
@@ -90,6 +105,9 @@ class Run:
 
     def values(self, metric: str) -> Tensor:
         """-> (P,)"""
+        if metric.startswith(PASS):
+            samples, right = to_tensor(self.cases["samples"]), to_tensor(self.cases["right"])
+            return metrics.pass_at_k(samples, right, int(metric.removeprefix(PASS)))
         return case_values(metric, to_tensor(self.cases["rank"]))
 
 
@@ -103,17 +121,17 @@ def load(folder: str | Path) -> Run:
         raise UserError(f"is damaged: {error}", file=path, fix=AGAIN) from None
     require(folder / predictions.FILE, "the file of predictions", AGAIN)
     rows = [
-        (p.user, p.position, p.target, p.items.index(p.target) if p.target in p.items else metrics.NOT_FOUND)
+        (
+            *(p.user, p.position, p.target, p.items.index(p.target) if p.target in p.items else metrics.NOT_FOUND),
+            *(len(p.samples), sum(sample.item == p.target for sample in p.samples)),
+        )
         for p in predictions.read(folder / predictions.FILE)
     ]
-    cases = pl.DataFrame(
-        rows, schema=dict.fromkeys(CASE, pl.String) | {"position": pl.Int64, "rank": pl.Int64}, orient="row"
-    )
+    numbers = dict.fromkeys(("position", "rank", "samples", "right"), pl.Int64)
+    cases = pl.DataFrame(rows, schema=dict.fromkeys(CASE, pl.String) | numbers, orient="row")
     run = Run(folder, evaluation, cases.sort(KEY))
     same = len(cases) == evaluation.targets and all(
-        abs(float(run.values(name).mean()) - value) < 1e-6
-        for name, value in evaluation.metrics.items()
-        if is_of_cases(name)
+        abs(float(run.values(name).mean()) - value) < 1e-6 for name, value in evaluation.of_cases.items()
     )
     if not same or cases.select(KEY).is_duplicated().any():
         raise UserError(f"{predictions.FILE} does not give the figures of {FILE}", file=folder, fix=AGAIN)
@@ -194,6 +212,7 @@ class Comparison:
     targets: int
     data: str
     split: str
+    part: bool  # are these not all users of the split?
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -206,12 +225,13 @@ def compare(config: CompareConfig) -> Comparison:
         _refuse_mixed(group)
     baseline = config.baseline or runs[0].about.name
     _refuse_unknown(baseline, list(groups), "baseline", "none of the runs")
-    known = [name for name in runs[0].evaluation.metrics if is_of_cases(name)]
-    known = [name for name in known if all(name in run.evaluation.metrics for run in runs)]
+    known = [name for name in runs[0].evaluation.of_cases if all(name in run.evaluation.of_cases for run in runs)]
     for metric in config.metrics:
         _refuse_unknown(metric, known, "metrics", "not a metric of all these runs")
     columns = {metric: _column(groups, metric, baseline) for metric in config.metrics}
-    settings = _differing({name: group[0].about.protocol for name, group in groups.items()})
+    # How a list came about is no part of the protocol, and yet nothing to lay side by side without a word.
+    modes = {name: {"mode": group[0].about.ranker.get("mode", "direct")} for name, group in groups.items()}
+    settings = _differing({name: group[0].about.protocol | modes[name] for name, group in groups.items()})
     return Comparison(
         metrics=tuple(config.metrics),
         baseline=baseline,
@@ -228,6 +248,7 @@ def compare(config: CompareConfig) -> Comparison:
         targets=runs[0].evaluation.targets,
         data=runs[0].about.catalogue.name,
         split=runs[0].about.split,
+        part="users" in runs[0].about.protocol,
     )
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from recllm.evaluation.comparison import Cell, Comparison
 
-HEADINGS = {"recall": "Recall", "ndcg": "NDCG", "mrr": "MRR"}
+HEADINGS = {"recall": "Recall", "ndcg": "NDCG", "mrr": "MRR", "pass": "Pass"}
 LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -126,6 +126,7 @@ def notes(comparison: Comparison) -> list[str]:
     cases = f"{comparison.users:,} users"
     if comparison.targets != comparison.users:
         cases += f" with {comparison.targets:,} targets"
+    cases += " (a part of the split)" if comparison.part else ""
     seeds = "; ".join(
         f"{row.name}: {', '.join('none' if s is None else str(s) for s in row.seeds)}" for row in comparison.rows
     )

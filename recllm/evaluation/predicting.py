@@ -15,7 +15,7 @@ from recllm.catalogue import Catalogue, Split
 from recllm.errors import UserError
 from recllm.evaluation.predictions import FILE, to_lines
 from recllm.evaluation.ranking import Ranker
-from recllm.files import write_whole
+from recllm.files import digest, write_whole
 from recllm.processes import ALONE, Processes
 from recllm.progress import progress
 
@@ -50,11 +50,25 @@ def predict(
     return _join(parts, len(starts), folder / FILE) if group.first else None
 
 
-def cases_of(catalogue: Catalogue, split: Split, max_history: int | None = None) -> pl.DataFrame:
+def cases_of(
+    catalogue: Catalogue, split: Split, max_history: int | None = None, users: int | None = None, users_seed: int = 0
+) -> pl.DataFrame:
+    """The split's targets; of `users` users alone where the protocol says so."""
     cases = catalogue.targets(split, max_history)
     if cases.is_empty():
         raise UserError(f"the split {split!r} has no target", file=catalogue.folder, fix="another --split")
-    return cases
+    return cases.filter(pl.col("user").is_in(some_users(cases["user"], users, users_seed).implode()))
+
+
+def some_users(every: pl.Series, users: int | None, seed: int = 0) -> pl.Series:
+    """Those whose hash comes first, all where `users` is None: the same for every run, and 100 are among 200."""
+    every = every.unique().sort()
+    if users is None:
+        return every
+    if users > len(every):
+        raise UserError(f"there are {len(every):,} users to measure, not {users:,}", fix="fewer --users, or none")
+    ranks = sorted((digest(str(seed), user), user) for user in every)
+    return pl.Series("user", [user for _, user in ranks[:users]], dtype=pl.String)
 
 
 def clear_parts(folder: Path) -> None:

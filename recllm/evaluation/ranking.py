@@ -1,9 +1,22 @@
 """What every recommender is to the evaluation, whether it counts, multiplies or decodes: something that ranks items."""
 
+import dataclasses
 from typing import NamedTuple, Protocol
 
 import polars as pl
 from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One reasoned answer to a case."""
+
+    row: int  # of the catalogue; -1 where it came to no answer
+    score: float  # log-probability of the answer's codes after its chain; -inf without an answer
+    logp: float  # of the chain, as it was drawn
+    tokens: int  # of the chain
+    parsed: bool  # does the whole text have the form that was taught?
+    text: str | None = None  # of the chain, where it is kept
 
 
 class Ranking(NamedTuple):
@@ -11,6 +24,7 @@ class Ranking(NamedTuple):
 
     rows: Tensor  # (P, K) int64, rows of the catalogue
     scores: Tensor  # (P, K) float, descending
+    samples: list[list[Sample]] | None = None  # of a ranker that reasons: equally many for each case
 
 
 class Ranker(Protocol):

@@ -28,6 +28,9 @@ class Protocol:
     length: int = 20  # items of a list
     max_history: int | None = None  # as the data were prepared
     exclude_history: bool = False
+    pass_k: tuple[int, ...] = ()  # of a ranker that samples: pass@k
+    users: int | None = None  # as many of the split's users, drawn by `users_seed`; None: all, as it should be
+    users_seed: int = 0
 
     def __post_init__(self):
         if self.split == "train":
@@ -38,6 +41,17 @@ class Protocol:
             raise UserError(f"k: {list(self.k)} is no list of different numbers from 1", fix="--k 5 10")
         if self.length < max(self.k):
             raise UserError(f"lists of {self.length} items are too short for @{max(self.k)}", fix="more --beams")
+        if len(set(self.pass_k)) < len(self.pass_k) or min(self.pass_k, default=1) < 1:
+            raise UserError(f"pass_k: {list(self.pass_k)} is no list of different numbers from 1", fix="--pass_k 1 5")
+        if self.users is not None and self.users < 1:
+            raise UserError(f"users must be at least 1, got {self.users}")
+
+    def describe(self) -> dict:
+        """For metrics.json. What says nothing, such as all users, is left out."""
+        given = {**dataclasses.asdict(self), "k": list(self.k), "pass_k": list(self.pass_k)}
+        silent = [] if self.pass_k else ["pass_k"]
+        silent += [] if self.users is not None else ["users", "users_seed"]
+        return {name: value for name, value in given.items() if name not in silent}
 
 
 def evaluate_ranker(
@@ -47,13 +61,15 @@ def evaluate_ranker(
     """The content of metrics.json on process 0, None on the others. Resumes; the same run again returns at once."""
     folder = Path(folder)
     if protocol.length > len(catalogue.item_ids):
-        raise UserError(f"lists of {protocol.length} items from {len(catalogue.item_ids)}", fix="fewer --beams")
+        raise UserError(
+            f"lists of {protocol.length} items from {len(catalogue.item_ids)}", fix="fewer --beams, or --samples"
+        )
     run = {
         "name": name,
         "ranker": ranker.describe(),
         "catalogue": {"name": catalogue.name, "fingerprint": catalogue.fingerprint},
         "split": protocol.split,
-        "protocol": {**dataclasses.asdict(protocol), "k": list(protocol.k)},
+        "protocol": protocol.describe(),
         "seed": seed,
         "versions": {library: version(library) for library in LIBRARIES},
     }
@@ -68,7 +84,7 @@ def evaluate_ranker(
         return done if group.first else None
     if not overwrite:
         _refuse_another(folder, begun)
-    cases = cases_of(catalogue, protocol.split, protocol.max_history)
+    cases = cases_of(catalogue, protocol.split, protocol.max_history, protocol.users, protocol.users_seed)
     group.wait()
     if group.first:
         _begin(folder, begun, overwrite)
@@ -76,7 +92,10 @@ def evaluate_ranker(
     path = predict(ranker, catalogue, cases, protocol.length, folder, group, block)
     if path is None:
         return None
-    figures = score(predictions.read(path), catalogue, protocol.split, protocol.k, length=protocol.length, file=path)
+    figures = score(
+        predictions.read(path), catalogue, protocol.split, protocol.k, length=protocol.length, file=path,
+        pass_ks=protocol.pass_k, users=protocol.users, users_seed=protocol.users_seed,
+    )  # fmt: skip
     result = {"run": run, **figures}
     write_json(folder / METRICS, result)
     clear_parts(folder)

@@ -18,6 +18,8 @@ from torch import Tensor
 from recllm import metrics
 from recllm.catalogue import Catalogue, Split
 from recllm.errors import UserError
+from recllm.evaluation import samples
+from recllm.evaluation.predicting import some_users
 from recllm.evaluation.predictions import Prediction
 from recllm.evaluation.slices import item_rows, slices_of, to_tensor, training_counts
 
@@ -35,14 +37,22 @@ def score(
     length: int | None = None,
     seed: int = 0,
     file: str | Path | None = None,
+    pass_ks: Sequence[int] = (),
+    users: int | None = None,
+    users_seed: int = 0,
 ) -> dict:
     """Plain JSON values: users, targets, metrics, intervals, lists, slices. The order of the predictions is no matter.
+    With samples of a model that reasoned, `reasoning` too.
 
-    length  how many items each list was to have; without it, as many as the longest has (at least the largest k)
-    seed    of the bootstrap
-    file    where the predictions come from, line by line, for the sentence that refuses them
+    length   how many items each list was to have; without it, as many as the longest has (at least the largest k)
+    seed     of the bootstrap
+    file     where the predictions come from, line by line, for the sentence that refuses them
+    pass_ks  the k of pass@k, of samples
+    users    every target of so many users is wanted, drawn by `users_seed`; None: of all
     """
-    cases = in_order(predictions, catalogue, split, file)
+    every = catalogue.targets(split)["user"]
+    measured = every.is_in(some_users(every, users, users_seed).implode())  # (all targets of the split,)
+    cases = in_order(predictions, catalogue, split, file, measured)
     if not len(cases):
         raise UserError(f"the {split} split has no targets", file=catalogue.folder, fix="choose another split")
     length = _length(predictions, ks, length, file)
@@ -54,14 +64,17 @@ def score(
     names = [f"{name}@{at}" for name in METRICS for at in ks] + ([f"recall@{length}"] if length > k else [])
     values = {name: case_values(name, ranks) for name in names}
     user = user_numbers(cases)  # (P,)
+    reasoned = {}
+    if any(prediction.samples for prediction in predictions):
+        found = samples.answers(predictions, catalogue, file)[to_tensor(cases["line"]) - 1]  # (P, n)
+        of_samples = samples.values_of(found, items, targets, ks, pass_ks)
+        figures = {name: figure(value) for name, value in samples.chain_figures(predictions, found).items()}
+        reasoned = {"reasoning": {"samples": found.size(1), **_means(of_samples, user, seed), **figures}}
     return {
         "users": int(user.max()) + 1,
         "targets": len(cases),
-        "metrics": {name: figure(value.mean()) for name, value in values.items()},
-        "intervals": {
-            name: [figure(end) for end in metrics.bootstrap_interval(per_user(value, user), seed=seed)]
-            for name, value in values.items()
-        },
+        **_means(values, user, seed),
+        **reasoned,
         "lists": list_figures(items, targets, popularity, k),
         "slices": {
             division.name: {
@@ -71,9 +84,20 @@ def score(
                     **{name: figure(values[name][inside].mean()) for name in (f"recall@{k}", f"ndcg@{k}")},
                 }
                 for number, label in enumerate(division.labels)
-                if (inside := division.member == number).any()
+                if (inside := division.member[to_tensor(measured).bool()] == number).any()
             }
             for division in slices_of(catalogue, split, popularity)
+        },
+    }
+
+
+def _means(values: dict[str, Tensor], user: Tensor, seed: int) -> dict:
+    """Metrics of cases (P,) each, with their intervals."""
+    return {
+        "metrics": {name: figure(value.mean()) for name, value in values.items()},
+        "intervals": {
+            name: [figure(end) for end in metrics.bootstrap_interval(per_user(value, user), seed=seed)]
+            for name, value in values.items()
         },
     }
 
@@ -133,10 +157,11 @@ def figure(value: Tensor | float) -> float:
 
 
 def in_order(
-    predictions: Sequence[Prediction], catalogue: Catalogue, split: Split, file: str | Path | None = None
+    predictions: Sequence[Prediction], catalogue: Catalogue, split: Split, file: str | Path | None, measured: pl.Series
 ) -> pl.DataFrame:
-    """user, position, target, line: one row a target, in the order of `Catalogue.targets`."""
-    wanted = catalogue.targets(split).select("user", pl.col("position").cast(pl.Int64), target="item")
+    """user, position, target, line: one row a measured target, in the order of `Catalogue.targets`."""
+    wanted = catalogue.targets(split).filter(measured)
+    wanted = wanted.select("user", pl.col("position").cast(pl.Int64), target="item")
     given = pl.DataFrame(
         {
             "user": [prediction.user for prediction in predictions],
@@ -214,6 +239,8 @@ def _case(cases: pl.DataFrame) -> str:
 def score_tables(scores: dict) -> list[Table]:
     """The figures with their intervals, those of the lists, and the slices."""
     title = f"{scores['users']:,} users, {scores['targets']:,} targets"
+    if "users" in scores.get("run", {}).get("protocol", {}):
+        title += ", a part of the split"
     main = Table("metric", "value", "95 % interval", title=title, title_justify="left")
     for name, value in scores["metrics"].items():
         low, high = scores["intervals"][name]
@@ -228,7 +255,22 @@ def score_tables(scores: dict) -> list[Table]:
             figures = [f"{part[name]:.4f}" for name in shown]
             slices.add_row("" if number else division, label, f"{part['targets']:,}", *figures)
         slices.add_section()
-    for table, labels in ((main, 1), (lists, 1), (slices, 2)):
+    reasoned = [reasoning_table(scores["reasoning"])] if "reasoning" in scores else []
+    for table, labels in ((main, 1), *((table, 1) for table in reasoned), (lists, 1), (slices, 2)):
         for column in table.columns[labels:]:
             column.justify = "right"
-    return [main, lists, slices]
+    return [main, *reasoned, lists, slices]
+
+
+def reasoning_table(scores: dict) -> Table:
+    title = f"reasoning, {scores['samples']} sample{'s' if scores['samples'] > 1 else ''} a target"
+    table = Table("reasoning", "value", "95 % interval", title=title, title_justify="left")
+    for name, value in scores["metrics"].items():
+        low, high = scores["intervals"][name]
+        table.add_row(name.replace("_", " "), f"{value:.4f}", f"{low:.4f} to {high:.4f}")
+    for name, value in scores.items():
+        if name.startswith("tokens"):
+            table.add_row(f"{name.removeprefix('tokens_')} tokens of a chain", f"{value:,.1f}", "")
+        elif name not in ("samples", "metrics", "intervals"):
+            table.add_row(name.replace("_", " "), f"{value:.4f}", "")
+    return table

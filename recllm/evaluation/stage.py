@@ -7,12 +7,20 @@ from typing import Literal
 from recllm.catalogue import Catalogue, Split
 from recllm.checkpoint import Checkpoint
 from recllm.decoding import Normaliser
+from recllm.decoding.chains import Sampling
 from recllm.errors import UserError
 from recllm.evaluation.direct import DirectRanker
 from recllm.evaluation.predicting import BLOCK
+from recllm.evaluation.ranking import Ranker
+from recllm.evaluation.reasoning import ReasoningRanker, ReasonThenBeamRanker
 from recllm.evaluation.run import Protocol, evaluate_ranker
 from recllm.pretrained import DTYPES
 from recllm.processes import processes
+from recllm.vllm_chains import VLLMChains
+
+Mode = Literal["direct", "reasoning", "reason_then_beam"]
+BLOCK_OF_CHAINS = 32  # users of a block where each costs thousands of tokens
+PASS_KS = (1, 5, 10)
 
 
 @dataclass
@@ -22,7 +30,13 @@ class EvaluateConfig:
     model: str = field(metadata={"help": "Checkpoint folder or Hub repository."})
     data: str = field(metadata={"help": "Prepared folder."})
     output: str = field(metadata={"help": "Folder for predictions.jsonl and metrics.json."})
-    mode: Literal["direct"] = field(default="direct", metadata={"help": "direct: beams right after the history."})
+    mode: Mode = field(
+        default="direct",
+        metadata={
+            "help": "direct: beams right after the history. reasoning: chains with an item each. reason_then_beam: "
+            "beams after one chain."
+        },
+    )
     split: Split = field(default="test", metadata={"help": "valid or test."})
     beams: int = field(default=20, metadata={"help": "Width of the search, and length of the lists."})
     k: list[int] = field(default_factory=lambda: [5, 10], metadata={"help": "Cut-offs of the metrics."})
@@ -34,40 +48,110 @@ class EvaluateConfig:
         default=False, metadata={"help": "Never recommend an item of the history that the model is given."}
     )
     name: str | None = field(default=None, metadata={"help": "Of the row in compare.py. Default: the model's folder."})
-    seed: int = field(default=0, metadata={"help": "Of the training run, for compare.py; the search draws nothing."})
+    seed: int = field(
+        default=0, metadata={"help": "Of the training run, for compare.py, and of the draws; beams draw nothing."}
+    )
+    users: int | None = field(
+        default=None, metadata={"help": "So many of the split's users, the same for every run. Default: all."}
+    )
+    users_seed: int = field(default=0, metadata={"help": "Which users those are."})
+    samples: int = field(default=10, metadata={"help": "reasoning: chains a user, each with an answer."})
+    temperature: float | None = field(
+        default=None,
+        metadata={"help": "Of chains and their answers. Default: 0.7; reason_then_beam: 0, the best token."},
+    )
+    top_p: float = field(default=0.9, metadata={"help": "Of chains and their answers."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest chain; a longer one gives no answer."})
+    pass_k: list[int] | None = field(
+        default=None, metadata={"help": "reasoning: k of pass@k. Default: 1, 5 and 10, as far as there are samples."}
+    )
+    engine: Literal["hf", "vllm"] = field(
+        default="hf",
+        metadata={"help": "Who writes the chains: the model itself, or vLLM on it, which is faster on a GPU."},
+    )
+    keep_chains: bool = field(default=False, metadata={"help": "Write the chains into predictions.jsonl."})
     batch_size: int | None = field(default=None, metadata={"help": "Users at once. Default: what memory allows."})
-    block: int = field(default=BLOCK, metadata={"help": "Users that a process finishes at once: what a kill can lose."})
+    block: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Users that a process finishes at once: what a kill can lose. Default: {BLOCK}; {BLOCK_OF_CHAINS} "
+            "with chains."
+        },
+    )
     dtype: str | None = field(default=None, metadata={"help": f"{', '.join(DTYPES)}. Default: as stored."})
     overwrite: bool = field(default=False, metadata={"help": "Begin anew in a folder that holds another evaluation."})
 
     def __post_init__(self):
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UserError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.block < 1:
+        if self.block is not None and self.block < 1:
             raise UserError(f"block must be at least 1, got {self.block}")
         if self.max_history is not None and self.max_history < 1:
             raise UserError(f"max_history must be at least 1, got {self.max_history}")
+        if self.mode == "reasoning" and max(self.pass_ks, default=self.samples) > self.samples:
+            raise UserError(f"pass@{max(self.pass_ks)} needs as many samples, not {self.samples}", fix="--samples")
+        if self.engine == "vllm" and self.mode == "direct":
+            raise UserError("vLLM writes chains, and mode direct has none", fix="--engine hf")
         self.protocol()
+        self.sampling()
+
+    @property
+    def pass_ks(self) -> tuple[int, ...]:
+        if self.mode != "reasoning":
+            return ()
+        return tuple(k for k in PASS_KS if k <= self.samples) if self.pass_k is None else tuple(self.pass_k)
+
+    def sampling(self) -> Sampling:
+        default = 0.0 if self.mode == "reason_then_beam" else 0.7
+        temperature = default if self.temperature is None else self.temperature
+        return Sampling(temperature, self.top_p, self.max_new_tokens)
 
     def protocol(self) -> Protocol:
-        return Protocol(self.split, tuple(self.k), self.beams, self.max_history, self.exclude_history)
+        """The lists of mode reasoning are as long as there are samples."""
+        length = self.samples if self.mode == "reasoning" else self.beams
+        subset = () if self.users is None else (self.users, self.users_seed)
+        return Protocol(
+            self.split, tuple(self.k), length, self.max_history, self.exclude_history, self.pass_ks, *subset
+        )
 
 
 def evaluate(config: EvaluateConfig) -> dict | None:
     """Under `accelerate launch` or `torchrun` each process takes its share of the users; None on all but the first."""
     with processes() as group:
+        if config.engine == "vllm" and group.count > 1:
+            raise UserError("vLLM writes chains for one process", fix="start one, or --engine hf")
         catalogue = Catalogue.load(config.data)
         checkpoint = Checkpoint.load(config.model, group.device, config.dtype)
-        if (config.max_history or 0) > checkpoint.style.max_history:
+        style = checkpoint.style if config.mode == "direct" else checkpoint.reasoning
+        if (config.max_history or 0) > style.max_history:
             raise UserError(
-                f"max_history {config.max_history}: the model reads the last {checkpoint.style.max_history} items",
-                fix=f"--max_history {checkpoint.style.max_history} or fewer",
+                f"max_history {config.max_history}: the model reads the last {style.max_history} items",
+                fix=f"--max_history {style.max_history} or fewer",
             )
-        ranker = DirectRanker(
+        name = config.name or Path(config.model).name
+        block = config.block or (BLOCK if config.mode == "direct" else BLOCK_OF_CHAINS)
+        return evaluate_ranker(
+            name, ranker_of(config, checkpoint, catalogue), catalogue, config.protocol(), config.output,
+            seed=config.seed, overwrite=config.overwrite, group=group, block=block,
+        )  # fmt: skip
+
+
+def ranker_of(config: EvaluateConfig, checkpoint: Checkpoint, catalogue: Catalogue) -> Ranker:
+    """The checkpoint asked in the config's mode."""
+    if config.mode == "direct":
+        return DirectRanker(
             checkpoint, catalogue, config.beams, config.normaliser, config.exclude_history, config.batch_size
         )
-        name = config.name or Path(config.model).name
-        return evaluate_ranker(
-            name, ranker, catalogue, config.protocol(), config.output, seed=config.seed,
-            overwrite=config.overwrite, group=group, block=config.block,
-        )  # fmt: skip
+    given = {
+        "sampling": config.sampling(), "normaliser": config.normaliser, "exclude_history": config.exclude_history,
+        "keep_chains": config.keep_chains, "seed": config.seed, "batch_size": config.batch_size,
+        "vllm": vllm_of(config, checkpoint) if config.engine == "vllm" else None,
+    }  # fmt: skip
+    if config.mode == "reasoning":
+        return ReasoningRanker(checkpoint, catalogue, **given, samples=config.samples)
+    return ReasonThenBeamRanker(checkpoint, catalogue, **given, beams=config.beams)
+
+
+def vllm_of(config: EvaluateConfig, checkpoint: Checkpoint) -> VLLMChains:
+    dtype = str(checkpoint.model.dtype).removeprefix("torch.")
+    return VLLMChains(config.model, {"dtype": dtype, "seed": config.seed})
