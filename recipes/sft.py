@@ -17,8 +17,10 @@ from recllm.trainers.sft_run import SFTData, run_sft
 
 
 def main(data: SFTData, training: RecSFTConfig, model: ModelConfig) -> None:
-    folder = run_sft(data, training, model)
-    launch.console.print(f"next: python eval/evaluate.py --model {folder} --data {data.data} --output {folder}/test")
+    if (folder := run_sft(data, training, model)) is not None:
+        launch.results.print(folder)
+        evaluate = f"python eval/evaluate.py --model {folder} --data {data.data} --output {folder}-test"
+        launch.console.print(f"next: {evaluate}" + (" --mode reasoning" if data.reasoning else ""), soft_wrap=True)
 
 
 if __name__ == "__main__":

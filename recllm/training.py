@@ -1,10 +1,10 @@
-"""What every training run needs: where it goes on after a kill, its bar, and whether the processor is made for bf16."""
+"""What every training run needs: where it goes on after a kill, its bar, dropout, and whether bf16 pays."""
 
 import shutil
 from pathlib import Path
 
 import torch
-from transformers import ProgressCallback
+from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from recllm.launch import console
@@ -34,3 +34,19 @@ def made_for_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported()
+
+
+def add_dropout(model: PreTrainedModel, share: float) -> None:
+    """On the embeddings and on what attention and MLP add to the stream: Qwen3 has none of its own."""
+
+    def drop(module, inputs, output):
+        if not module.training:
+            return output
+        if isinstance(output, tuple):
+            return (torch.nn.functional.dropout(output[0], share), *output[1:])
+        return torch.nn.functional.dropout(output, share)
+
+    model.get_input_embeddings().register_forward_hook(drop)
+    for layer in model.get_decoder().layers:
+        layer.self_attn.register_forward_hook(drop)
+        layer.mlp.register_forward_hook(drop)

@@ -32,7 +32,7 @@ from recllm.mixtures.alignment_tasks import (
 )
 from recllm.mixtures.alignment_texts import write_texts
 from recllm.mixtures.store import Mixture, already_made, save_mixture
-from recllm.mixtures.templates import ALIGNMENT, ASKED, Template, read_templates
+from recllm.mixtures.templates import ALIGNMENT, ASKED, SEQUENCE, Template, read_templates
 from recllm.progress import progress
 from recllm.prompting import PromptStyle
 from recllm.semantic_ids import SemanticIdTable
@@ -87,7 +87,9 @@ class AlignmentConfig:
             raise UserError(f"max_targets is {self.max_targets}", fix="1 or more, or leave it out for all")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}", fix="0 or more")
-        self.weights()  # refuses bad ones now
+        if SEQUENCE in self.weights() and (self.separator or self.chat):
+            problem = "in a sequence nothing may stand between an item and the next: no separator, no chat template"
+            raise UserError(problem, fix="the task next_item in place of sequence")
 
     def weights(self) -> dict[str, float]:
         """task → weight, in the library's order; those of weight 0 are left out."""
@@ -136,7 +138,8 @@ def build_alignment(config: AlignmentConfig, teacher: TeacherConfig) -> Mixture 
     windows = Windows.of(catalogue, config.windows == "all", config.max_history, config.max_targets)
     summarised = windows.last_of_users() if config.summaries == "user" else np.arange(len(windows))
     groups = category_groups(facts, config.category_items, task_random(config.seed, "categories"))
-    material = Material(facts, windows, summarised, groups, config.separator)
+    pieces = Windows.pieces(catalogue, config.max_history + 1) if SEQUENCE in config.weights() else None
+    material = Material(facts, windows, summarised, groups, config.separator, pieces)
     choices = {
         task: Choice.draw(material.numbers(task), weight, len(templates[task]), task_random(config.seed, task))
         for task, weight in config.weights().items()
@@ -158,9 +161,10 @@ def build_alignment(config: AlignmentConfig, teacher: TeacherConfig) -> Mixture 
             fix = "data with sequences of two training events or more, or with text, or other --tasks"
             raise UserError("no task has an example", file=catalogue.folder, fix=fix)
         examples = Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=made_of[:16])
+        asked = SEQUENCE if SEQUENCE in config.weights() else ASKED
         report = {"kind": "alignment", "version": VERSION, "made_of": made_of, "catalogue": catalogue.fingerprint}
         report |= {"semantic_ids": table.fingerprint, "settings": _settings(config), "attributes": attributes}
-        report |= {"prompt": dataclasses.asdict(style_of(config, templates[ASKED][0])), "teacher": _teacher(teacher)}
+        report |= {"prompt": dataclasses.asdict(style_of(config, templates[asked][0])), "teacher": _teacher(teacher)}
         report |= {"windows": _windows(windows), "stand_ins": written.stand_ins} | _counted(counts)
         save_mixture(examples, report, config.folder)
     rows.unlink()
@@ -179,7 +183,7 @@ def index_of(data: str, semantic_ids: str | None, catalogue: Catalogue) -> Seman
 
 
 def style_of(config: AlignmentConfig, asked: Template) -> PromptStyle:
-    """How the trained model is asked: the first template of next_item, with this mixture's separator and length."""
+    """How the trained model is asked: the first template of that task, with this mixture's separator and length."""
     return PromptStyle(asked.prompt, config.separator, config.chat, config.max_history)
 
 

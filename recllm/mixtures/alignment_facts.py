@@ -113,6 +113,24 @@ class Windows:
         first = np.maximum(starts[user[target]], target - max_history)
         return cls(sequences["user"].to_list(), events["row"].to_list(), user[target], first, target)
 
+    @classmethod
+    def pieces(cls, catalogue: Catalogue, size: int) -> "Windows":
+        """Whole sequences, in pieces of up to `size` events and two at least: of each the last event is the target."""
+        every = cls.of(catalogue, True, size)
+        start = every.target - every.position()  # (W,) where in `events` the user's sequence begins
+        end = np.append(every.user[1:] != every.user[:-1], True)[: len(every)]  # is it the user's last event?
+        last = (every.target - start + 1) % size == 0  # the last event of a full piece
+        chosen = np.flatnonzero(end | last)
+        first = start[chosen] + (every.target[chosen] - start[chosen]) // size * size
+        chosen, first = chosen[first < every.target[chosen]], first[first < every.target[chosen]]
+        return cls(every.users, every.events, every.user[chosen], first, every.target[chosen])
+
+    def position(self) -> np.ndarray:
+        """Of each target in its user's sequence, where every event from the second on is a target. (W,)"""
+        new = np.append(True, self.user[1:] != self.user[:-1])[: len(self)]
+        began = np.maximum.accumulate(np.where(new, np.arange(len(self)), 0)) if len(self) else np.arange(0)
+        return np.arange(len(self)) - began + 1
+
     def __len__(self) -> int:
         return len(self.target)
 

@@ -19,6 +19,7 @@ from recllm.mixtures.templates import FIELDS, Template
 
 WEIGHTS = {  # the default: each family has its say, and the task that the model is asked most is most of the mixture
     "next_item": 1.0,
+    "sequence": 0.0,  # all of next_item's targets of a user in one row: cheap, and for one wording only
     "next_item_from_titles": 0.25,
     "next_title": 0.25,
     "item_from_text": 1.0,
@@ -71,11 +72,14 @@ class Material:
     summarised: np.ndarray  # windows whose history has a summary
     groups: list[tuple[str, list[int]]]  # a category and some of its items
     separator: str  # between indices
+    pieces: Windows | None = None  # of whole sequences
     summaries: Mapping[int, str] = dataclasses.field(default_factory=dict)  # by window
     intents: Mapping[int, str] = dataclasses.field(default_factory=dict)  # by item
 
     def numbers(self, task: str) -> np.ndarray:
         """What the task can have examples of."""
+        if task == "sequence":
+            return np.arange(len(self.pieces))
         if task in SEQUENTIAL:
             return np.arange(len(self.windows))
         if task in PREFERENCE:
@@ -88,6 +92,11 @@ class Material:
         if task == "items_of_category":
             category, items = self.groups[number]
             return category, self._indices(items), "", "", []
+        if task == "sequence":
+            pieces = self.pieces
+            first, *rest = [*pieces.history(number), pieces.events[pieces.target[number]]]
+            user = pieces.users[pieces.user[number]]
+            return self._indices([first]), self._indices(rest), user, facts.ids[rest[-1]], [first, *rest[:-1]]
         if task not in SEQUENTIAL and task not in PREFERENCE:
             asking, answering = FIELDS[task]
             of_item = {"item": facts.index, "intent": self.intents} | {

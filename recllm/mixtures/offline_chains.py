@@ -12,6 +12,10 @@ from recllm.mixtures.teacher_answers import Answer
 
 RECENT = 4  # items that the evidence names
 NOTHING = "Nothing is known of the items."
+OFFLINE_WORDS = (  # for a tokenizer of our own
+    "The last items were ; Most often by Nothing came twice. Goes on with Comes back to Looks for Turns to Stays with "
+    "and turns to It is what is looked for:"
+)
 UNRELATED = "shares no category or brand with the others or with what followed"
 
 

@@ -17,8 +17,10 @@ from recllm.prompting import HISTORY
 ALIGNMENT = Path(__file__).with_name("templates") / "alignment.yaml"  # the templates that come with the library
 REPLACE = "replace"  # the key of a file that lists the tasks whose earlier templates go
 ASKED = "next_item"  # the trained model is asked with the first prompt of this task
+SEQUENCE = "sequence"  # or of this one, where it is made
 FIELDS = {  # task → (the field of its prompts, the field of its completions)
     "next_item": ("history", "item"),
+    "sequence": ("history", "items"),
     "next_item_from_titles": ("titles", "item"),
     "next_title": ("history", "title"),
     "item_from_text": ("text", "item"),
@@ -84,6 +86,14 @@ def read_templates(files: Sequence[str | Path] = ()) -> dict[str, tuple[Template
             f"the first template of {ASKED} is what the trained model is asked with",
             f"let its prompt have {HISTORY} once and its completion be {{item}} and nothing else",
         )
+    for template in templates[SEQUENCE]:
+        if (
+            template.prompt.count(HISTORY) != 1
+            or not template.prompt.endswith(HISTORY)
+            or template.completion != "{items}"
+        ):
+            fix = f"let the prompt end in {HISTORY} and the completion be {{items}}"
+            raise template.error("in a sequence each item answers to those before it, so nothing may come between", fix)
     return {task: tuple(pairs) for task, pairs in templates.items()}
 
 

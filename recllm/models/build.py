@@ -15,8 +15,11 @@ from recllm.checkpoint import REPORT, TABLE, save_items
 from recllm.errors import UserError
 from recllm.files import digest, read_object, restore_folder, write_folder_whole, write_json
 from recllm.launch import console
+from recllm.mixtures.offline_chains import OFFLINE_WORDS
+from recllm.mixtures.templates import read_templates
 from recllm.models.tiny import tiny_model, tiny_tokenizer
 from recllm.pretrained import DTYPES, load_causal_lm, which_model
+from recllm.reasoning import RECOMMEND, REWRITE, SHORT_TEMPLATE, STEPS, TEMPLATE
 from recllm.semantic_ids import SemanticIdTable
 from recllm.text import TEXT_COLUMNS, check_columns, fuse
 from recllm.tokenization import Initialisation, ItemTokens, add_tokens, behaviour_token, initialise, resize
@@ -151,10 +154,18 @@ def _already(output: Path, made_of: str, overwrite: bool) -> bool:
     return not overwrite
 
 
+def wordings() -> list[str]:
+    """What mixtures say around an item's facts: a tokenizer of our own holds these words whole."""
+    templates = [
+        text for pairs in read_templates().values() for pair in pairs for text in (pair.prompt, pair.completion)
+    ]
+    return [*templates, *STEPS.values(), REWRITE, RECOMMEND, TEMPLATE, SHORT_TEMPLATE, OFFLINE_WORDS]
+
+
 def base_model(config: BuildModelConfig, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The named model and tokenizer, or a tiny pair made for these texts."""
     if config.model == TINY:
-        tokenizer = tiny_tokenizer(texts, config.tiny_vocabulary)
+        tokenizer = tiny_tokenizer([*texts, *wordings() * max(1, len(texts) // 10)], config.tiny_vocabulary)
         model = tiny_model(len(tokenizer), config.tiny_width, config.tiny_layers, config.seed)
         return model.to(DTYPES[config.dtype]), tokenizer
     return load_causal_lm(config.model, DTYPES[config.dtype])

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainingArguments
 
 from recllm.catalogue import Catalogue
 from recllm.checkpoint import REPORT, Checkpoint
@@ -27,7 +27,7 @@ from recllm.models.build import TINY, BuildModelConfig, build_model
 from recllm.models.build import made_of as start_made_of
 from recllm.pretrained import quiet
 from recllm.prompting import PromptStyle
-from recllm.training import BarOnStderr, last_whole_step, made_for_bf16
+from recllm.training import BarOnStderr, add_dropout, last_whole_step, made_for_bf16
 
 TEMPLATE = "<|im_start|>{history}"
 PLACES = ("data", "output", "semantic_ids", "overwrite")  # settings that do not change the model
@@ -208,19 +208,3 @@ class Collator:
         keep = torch.rand(int(item[-1]) + 1) >= self.item_dropout
         keep[0] = True
         return ids[keep[item]]
-
-
-def add_dropout(model: PreTrainedModel, share: float) -> None:
-    """On the embeddings and on what attention and MLP add to the stream: Qwen3 has none of its own."""
-
-    def drop(module, inputs, output):
-        if not module.training:
-            return output
-        if isinstance(output, tuple):
-            return (torch.nn.functional.dropout(output[0], share), *output[1:])
-        return torch.nn.functional.dropout(output, share)
-
-    model.get_input_embeddings().register_forward_hook(drop)
-    for layer in model.get_decoder().layers:
-        layer.self_attn.register_forward_hook(drop)
-        layer.mlp.register_forward_hook(drop)

@@ -37,6 +37,9 @@ class RecSFTConfig(SFTConfig):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without a better Recall@10. Implies load_best_model_at_end."}
     )
+    dropout: float = field(
+        default=0.0, metadata={"help": "On embeddings and on what each block adds: for small models from scratch."}
+    )
     rows_first_steps: int = field(
         default=0, metadata={"help": "Steps before everything else in which only the new tokens' rows move."}
     )
@@ -44,7 +47,7 @@ class RecSFTConfig(SFTConfig):
     overwrite: bool = field(default=False, metadata={"help": "Replace what was trained in another way."})
 
     def __post_init__(self):
-        if not torch.accelerator.is_available():
+        if not torch.accelerator.is_available() and not self.deepspeed:  # which would be ignored in silence
             self.use_cpu = True  # or bf16 is refused
         if self.bf16 is None and not self.fp16:
             self.bf16 = made_for_bf16()
@@ -62,6 +65,8 @@ class RecSFTConfig(SFTConfig):
         for name in ("rows_first_steps", "validation_users"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise UserError(f"{name} must be a whole number from 0, got {getattr(self, name)!r}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.validation_beams < 10:
             raise UserError(f"validation_beams must be at least 10 for Recall@10, got {self.validation_beams}")
         if self.max_length is None:

@@ -23,10 +23,11 @@ from recllm.models.build import made_of as start_made_of
 from recllm.pretrained import quiet, which_model
 from recllm.processes import Processes, processes
 from recllm.prompting import PromptStyle
+from recllm.publish import finish
 from recllm.tokenization import Initialisation
 from recllm.trainers.adapters import load_new_rows, lora_of, merged, only_new_rows, save_new_rows
 from recllm.trainers.sft import RecSFTConfig, RecSFTTrainer
-from recllm.training import last_whole_step
+from recllm.training import add_dropout, last_whole_step
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 # Settings of the Trainer that say where and how often something is written, not what is learnt.
@@ -59,13 +60,16 @@ class SFTData:
             )
 
 
-def run_sft(data: SFTData, training: RecSFTConfig, model: ModelConfig) -> Path:
-    """Train into `output_dir`, or leave it when the same was trained there. Killed and run again, it goes on."""
+def run_sft(data: SFTData, training: RecSFTConfig, model: ModelConfig) -> Path | None:
+    """Train into `output_dir`, or leave it when the same was trained there. Killed and run again, it goes on.
+
+    The folder on the first process, None on the others.
+    """
     with processes() as group:
         run = Run.of(data, training, model, group)
         if run.done():
             console.print(f"{run.output} is trained already, from the same data with the same settings.")
-            return run.output
+            return run.output if group.first else None
         start = run.start()
         rows, styles = run.rows(start)
         catalogue = Catalogue.load(data.data)
@@ -78,6 +82,13 @@ def run_sft(data: SFTData, training: RecSFTConfig, model: ModelConfig) -> Path:
         with quiet():  # Trainer takes a tied head for missing when it loads the best epoch
             trainer.train(resume_from_checkpoint=last_whole_step(run.work / "steps") if run.resumes else None)
         save(run, trainer, start, styles, rows)
+        if not group.first:
+            return None
+        finish(
+            run.output, settings=settings_of(run), method="sft", papers=["gream"],
+            push_to_hub=training.push_to_hub, hub_model_id=training.hub_model_id,
+            hub_private_repo=training.hub_private_repo, hub_token=training.hub_token,
+        )  # fmt: skip
     return run.output
 
 
@@ -222,6 +233,8 @@ def trainer_of(run: Run, start: Checkpoint, rows: Encoded, validation: Validatio
     settings.output_dir = str(run.work / "steps")
     settings.push_to_hub = False  # the finished checkpoint is pushed, not every step's
     set_seed(settings.seed)  # LoRA draws its matrices
+    if settings.dropout:
+        add_dropout(start.model, settings.dropout)
     return RecSFTTrainer(
         start.model, settings, rows, start.tokenizer, validation, peft_config=lora_of(start.model, run.model)
     )
