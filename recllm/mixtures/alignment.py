@@ -36,6 +36,7 @@ from recllm.mixtures.templates import ALIGNMENT, ASKED, SEQUENCE, Template, read
 from recllm.progress import progress
 from recllm.prompting import PromptStyle
 from recllm.semantic_ids import SemanticIdTable
+from recllm.semantic_ids.of_data import index_of
 from recllm.teacher import Request, TeacherConfig
 from recllm.text import TEXTS_FILE, check_columns
 
@@ -126,7 +127,7 @@ def _weight(name: str, text: str) -> float:
 def build_alignment(config: AlignmentConfig, teacher: TeacherConfig) -> Mixture | None:
     """Make `config.folder`, or leave it when it is made already; None if only the teacher's estimate was wanted."""
     catalogue = Catalogue.load(config.data)
-    table = index_of(config.data, config.semantic_ids, catalogue)
+    table = index_of(catalogue, config.semantic_ids)
     attributes = config.attributes or attribute_columns(catalogue.items, config.title)
     check_columns(catalogue, [config.title, *attributes])
     templates = read_templates(config.templates)
@@ -169,17 +170,6 @@ def build_alignment(config: AlignmentConfig, teacher: TeacherConfig) -> Mixture 
         save_mixture(examples, report, config.folder)
     rows.unlink()
     return Mixture.load(config.folder, table, COMMAND)
-
-
-def index_of(data: str, semantic_ids: str | None, catalogue: Catalogue) -> SemanticIdTable:
-    """The index; the data folder's own must be of this preparation, a named one of the same items."""
-    path = Path(semantic_ids or Path(data) / "semantic_ids.json")
-    table = SemanticIdTable.load(path, expect_items_fingerprint=catalogue.items_fingerprint)
-    made_from = table.report.get("made_from", {}).get("catalogue", catalogue.fingerprint)
-    if semantic_ids is None and made_from != catalogue.fingerprint:
-        fix = "run embed_items.py and build_semantic_ids.py again, or name the index with --semantic_ids"
-        raise UserError("was made before the data were prepared anew", file=path, fix=fix)
-    return table
 
 
 def style_of(config: AlignmentConfig, asked: Template) -> PromptStyle:

@@ -26,6 +26,7 @@ from recllm.mixtures.teacher_answers import DROPS, Composer, Dropped, parse_answ
 from recllm.prompting import PromptStyle
 from recllm.reasoning import SHORT_TEMPLATE, STEPS, TEMPLATE, Chain
 from recllm.semantic_ids import SemanticIdTable
+from recllm.semantic_ids.of_data import index_of
 from recllm.teacher import Request, TeacherConfig, cached_write, estimate
 from recllm.text import check_columns, fuse, plain
 
@@ -105,7 +106,7 @@ class Case:
 def build_reasoning(config: ReasoningConfig, teacher: TeacherConfig) -> Mixture | None:
     """Write the mixture, or leave it when it is there and complete; None if only the estimate was wanted."""
     catalogue = Catalogue.load(config.data)
-    table = load_index(config, catalogue)
+    table = index_of(catalogue, config.semantic_ids)
     columns = config.columns or speaking_columns(catalogue)
     check_columns(catalogue, columns)
     cases = find_cases(config, catalogue)
@@ -146,20 +147,6 @@ def build_reasoning(config: ReasoningConfig, teacher: TeacherConfig) -> Mixture 
         **_figures(chains),
     }
     return save_mixture(_examples(config.style, chains, table), report, config.folder)
-
-
-def load_index(config: ReasoningConfig, catalogue: Catalogue) -> SemanticIdTable:
-    """The index; the data folder's own must be of this preparation, a named one of the same items."""
-    path = config.semantic_ids or catalogue.folder / "semantic_ids.json"
-    table = SemanticIdTable.load(path, expect_items_fingerprint=catalogue.items_fingerprint)
-    made_from = table.report.get("made_from", {}).get("catalogue", catalogue.fingerprint)
-    if config.semantic_ids is None and made_from != catalogue.fingerprint:
-        raise UserError(
-            "was made before the data were prepared anew",
-            file=path,
-            fix="run embed_items.py and build_semantic_ids.py again, or name the index with --semantic_ids",
-        )
-    return table
 
 
 def find_cases(config: ReasoningConfig, catalogue: Catalogue) -> list[Case]:

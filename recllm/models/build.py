@@ -21,6 +21,7 @@ from recllm.models.tiny import tiny_model, tiny_tokenizer
 from recllm.pretrained import DTYPES, load_causal_lm, which_model
 from recllm.reasoning import RECOMMEND, REWRITE, SHORT_TEMPLATE, STEPS, TEMPLATE
 from recllm.semantic_ids import SemanticIdTable
+from recllm.semantic_ids.of_data import index_of
 from recllm.text import TEXT_COLUMNS, check_columns, fuse
 from recllm.tokenization import Initialisation, ItemTokens, add_tokens, behaviour_token, initialise, resize
 
@@ -62,7 +63,7 @@ class BuildModelConfig:
 def build_model(config: BuildModelConfig) -> Path:
     """Make `config.output`, or leave it when it was made from the same index with the same settings."""
     catalogue, output = Catalogue.load(config.data), Path(config.output)
-    table = _table(config, catalogue)
+    table = index_of(catalogue, config.semantic_ids)
     made_of = _made_of(config, catalogue, table)
     if _already(output, made_of, config.overwrite):
         console.print(f"{output} is made already, from the same index with the same settings.")
@@ -113,21 +114,7 @@ def build_model(config: BuildModelConfig) -> Path:
 def made_of(config: BuildModelConfig) -> str:
     """The fingerprint of what `build_model` would make."""
     catalogue = Catalogue.load(config.data)
-    return _made_of(config, catalogue, _table(config, catalogue))
-
-
-def _table(config: BuildModelConfig, catalogue: Catalogue) -> SemanticIdTable:
-    """The index; the data folder's own must be of this preparation, a named one of the same items."""
-    path = config.semantic_ids or Path(config.data) / TABLE
-    table = SemanticIdTable.load(path, expect_items_fingerprint=catalogue.items_fingerprint)
-    made_from = table.report.get("made_from", {}).get("catalogue", catalogue.fingerprint)
-    if config.semantic_ids is None and made_from != catalogue.fingerprint:
-        raise UserError(
-            "was made before the data were prepared anew",
-            file=path,
-            fix="run embed_items.py and build_semantic_ids.py again, or name the index with --semantic_ids",
-        )
-    return table
+    return _made_of(config, catalogue, index_of(catalogue, config.semantic_ids))
 
 
 def _made_of(config: BuildModelConfig, catalogue: Catalogue, table: SemanticIdTable) -> str:

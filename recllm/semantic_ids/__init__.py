@@ -6,6 +6,7 @@ rqkmeans.py    RQ-KMeans: fits the codebooks by k-means on residuals
 rqvae.py       RQ-VAE: a learnt alternative
 collisions.py  what to do when two items get the same codes
 report.py      how good the IDs are
+of_data.py     index_of: the table that belongs to a prepared folder
 build.py       the stage: embeddings.safetensors → semantic_ids.json + quantizer.safetensors
 """
 

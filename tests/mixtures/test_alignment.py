@@ -5,7 +5,7 @@ import pytest
 from helpers import write_catalogue
 
 from recllm.errors import UserError
-from recllm.mixtures.alignment import AlignmentConfig, build_alignment, index_of
+from recllm.mixtures.alignment import AlignmentConfig, build_alignment
 from recllm.mixtures.alignment_facts import ItemFacts, Windows, attribute_columns, price_levels
 from recllm.mixtures.alignment_summary import alignment_table
 from recllm.mixtures.alignment_tasks import PREFERENCE, SEQUENTIAL, WEIGHTS, Choice
@@ -13,6 +13,7 @@ from recllm.mixtures.alignment_texts import common_categories, document_frequenc
 from recllm.mixtures.store import Mixture
 from recllm.prompting import PromptStyle
 from recllm.semantic_ids import SemanticIdTable
+from recllm.semantic_ids.of_data import index_of
 from recllm.teacher import TeacherConfig
 
 OFFLINE = TeacherConfig()
@@ -164,10 +165,11 @@ def test_each_task_asks_and_answers_what_its_name_says(tmp_path):
             case "item_from_preference":
                 assert f"Of {len(row['history'])} items: " in row["prompt"]
                 assert row["completion"] == index
-    assert set(mixture.report["tasks"]) == set(WEIGHTS)
+    by_default = {task for task, weight in WEIGHTS.items() if weight}
+    assert set(mixture.report["tasks"]) == by_default
     assert Counter(mixture.examples["task"]) == mixture.report["tasks"]
     assert "Common [" in str(mixture.examples[0:99]["prompt"])
-    assert alignment_table(mixture).row_count == len(WEIGHTS)
+    assert alignment_table(mixture).row_count == len(by_default)
 
 
 def test_weights_keep_a_share_or_write_again_with_another_template():
@@ -290,7 +292,7 @@ def test_semantic_ids_of_other_data_are_refused(tmp_path):
     ).save(tmp_path / "semantic_ids.json")  # fmt: skip
     with pytest.raises(UserError, match="made before the data were prepared anew"):
         build(tmp_path)
-    assert len(index_of(str(tmp_path), str(tmp_path / "semantic_ids.json"), catalogue)) == len(table)
+    assert len(index_of(catalogue, tmp_path / "semantic_ids.json")) == len(table)
     write_data(tmp_path / "other", ["x", "y"], {"u": ["x"]})
     with pytest.raises(UserError, match="built from another catalogue"):
         build(tmp_path, semantic_ids=str(tmp_path / "other" / "semantic_ids.json"))
@@ -467,3 +469,31 @@ def test_price_levels_are_thirds_of_the_catalogue(tmp_path):
     # the thirds of 1, 2, 3, 4, 1500 end at 2.33 and 3.67
     assert [level[:3] for level in price_levels(items)] == ["low", "low", "mid", "hig", "hig", "", ""]
     assert price_levels(items.drop("price")) == [""] * 7
+
+
+def test_a_sequence_holds_every_target_of_a_user_in_one_row(tmp_path):
+    """Prompt and completion together are the asked prompt of all items: what stands before each is its history."""
+    (_, table), sequences = shop(tmp_path)
+    mixture = build(tmp_path, "sequence=1", max_history=3)
+    style = PromptStyle.read(mixture.report["prompt"])
+    assert style.template == "A user's history, oldest first: {history}"
+    found = {}
+    for row in mixture.examples:
+        found.setdefault(row["user"], []).append(row["prompt"] + row["completion"])
+        assert row["prompt"] == style.text(row["history"][:1], table, None)
+    for user, items in sequences.items():
+        training, size = items[:-2], 4  # a history of 3 and its target
+        pieces = [training[start : start + size] for start in range(0, len(training), size)]
+        longer = PromptStyle(style.template, max_history=size)
+        assert found.get(user, []) == [longer.text(piece, table, None) for piece in pieces if len(piece) > 1]
+
+
+def test_a_sequence_wants_nothing_between_items(tmp_path):
+    for setting in ({"separator": " "}, {"chat": True}):
+        with pytest.raises(UserError, match="nothing may stand between an item and the next"):
+            AlignmentConfig(str(tmp_path), tasks=["sequence=1"], **setting)
+    (_, _), _ = shop(tmp_path)
+    file = tmp_path / "mine.yaml"
+    file.write_text('sequence:\n  - prompt: "{history} and then: "\n    completion: "{items}"\n')
+    with pytest.raises(UserError, match="nothing may come between"):
+        build(tmp_path, "sequence=1", templates=[str(file)])
