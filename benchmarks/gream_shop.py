@@ -38,9 +38,10 @@ class ShopConfig:
     output: str = field(default="runs/gream_shop", metadata={"help": "Folder for everything."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of shop, model and training."})
     schedules: list[str] = field(default_factory=lambda: list(SCHEDULES), metadata={"help": "Rows of the table."})
-    users: int = field(default=500, metadata={"help": "Test users of the reasoning figures."})
-    epochs: int = field(default=8, metadata={"help": "Passes over the data."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Highest, cosine to 0."})
+    users: int = field(default=200, metadata={"help": "Test users of the reasoning figures."})
+    epochs: int = field(default=5, metadata={"help": "Passes over the data."})
+    batch: int = field(default=12, metadata={"help": "Rows a step: a tiny model wants many steps."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Highest, cosine to 0."})
     split: str = field(default="test", metadata={"help": "valid, to choose settings by."})
     baselines: bool = field(default=True, metadata={"help": "popularity, item-kNN, SASRec and TIGER-style as well."})
     show: bool = field(default=False, metadata={"help": "Only print what is there."})
@@ -53,7 +54,8 @@ def shop(config: ShopConfig, seed: int) -> Path:
     build(BuildConfig(data=str(data), levels=3, codes=32, seed=seed))
     tasks = ["sequence=1", "attributes_of_item=1", "items_of_category=1", "item_from_intent=1"]
     build_alignment(AlignmentConfig(data=str(data), tasks=tasks, seed=seed), TeacherConfig())
-    build_reasoning(ReasoningConfig(data=str(data), template="short", max_history=10, seed=seed), TeacherConfig())
+    said = {"template": "short", "max_history": 6, "columns": ["categories", "brand"]}
+    build_reasoning(ReasoningConfig(data=str(data), seed=seed, **said), TeacherConfig())
     return data
 
 
@@ -66,7 +68,7 @@ def train(config: ShopConfig, data: Path, schedule: str, seed: int) -> Path:
     training = RecSFTConfig(
         output_dir=str(data / f"sft-{schedule}"), seed=seed, num_train_epochs=config.epochs, dropout=0.1,
         schedule=schedule if all(kinds) else "curriculum", learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=50, per_device_train_batch_size=32, bf16=False,
+        lr_scheduler_type="cosine", warmup_steps=50, per_device_train_batch_size=config.batch, bf16=False,
         gradient_checkpointing=False, train_sampling_strategy="group_by_length", validation_users=0, report_to="none",
     )  # fmt: skip
     return run_sft(given, training, ModelConfig(model_name_or_path="tiny"))
@@ -91,7 +93,7 @@ def asking(config: ShopConfig, data: Path, model: str, mode: str, seed: int) -> 
     users = None if mode == "direct" else config.users
     return EvaluateConfig(
         model=model, data=str(data), output=f"{model}-{config.split}-{mode}", mode=mode, split=config.split, seed=seed,
-        users=users, max_new_tokens=256,
+        users=users, max_new_tokens=200,
     )  # fmt: skip
 
 

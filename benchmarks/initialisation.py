@@ -4,8 +4,8 @@
 
 Cluster and mean need a model that knows the words of the catalogue, and no pretrained model is assumed here: a tiny
 Qwen3 is first trained as a language model on the shop's item texts, its vocabulary free of item tokens. Then, for each
-seed and each way, the tokens are added and the same alignment data is trained on with the same settings. The loss is the
-mean over the last tenth of the steps; Recall@10 is over validation users.
+seed and each way, the tokens are added and the same alignment data is trained on with the same settings. The loss is
+the mean over the last tenth of the steps; Recall@10 is over validation users.
 """
 
 import statistics

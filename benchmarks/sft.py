@@ -119,7 +119,9 @@ def trainer_of(way: str, config: SFTBenchConfig, data: Path, mixtures: tuple, fo
     if not pack:  # as many tokens a step as eight packed rows hold
         settings["per_device_train_batch_size"] = round(8 * config.max_length / rows.lengths.mean())
         settings["train_sampling_strategy"] = "group_by_length"
-    arguments = RecSFTConfig(**settings, packing=pack, max_length=config.max_length, validation_users=0)
+    arguments = RecSFTConfig(
+        **settings, packing=pack, max_length=config.max_length, validation_users=0, schedule="uniform"
+    )
     return RecSFTTrainer(checkpoint.model, arguments, rows, checkpoint.tokenizer, None)
 
 

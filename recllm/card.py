@@ -56,8 +56,9 @@ def _head(facts: CardFacts) -> str:
 def _indexed(result: Mapping) -> dict:
     """One evaluation as the Hub's model-index has it."""
     data = str(result["run"]["catalogue"]["name"])
+    how = protocol(result["run"])  # direct or by reasoning, over which users: figures of one name are not of one kind
     return {
-        "task": {"type": "text-generation", "name": "Sequential recommendation"},
+        "task": {"type": "text-generation", "name": f"Sequential recommendation ({how})"},
         "dataset": {"name": data, "type": slug(data), "split": result["run"]["split"]},
         "metrics": [{"type": name, "value": value} for name, (value, _) in figures(result).items()],
     }
@@ -181,7 +182,9 @@ def protocol(run: Mapping) -> str:
     parts = [str(ranker.get("ranker", "")), f"{said['length']} items a list" if "length" in said else ""]
     parts += [f"the last {said['max_history']} items read" if said.get("max_history") else ""]
     parts += ["the history's items left out" if said.get("exclude_history") else "the history's items may come again"]
-    return ", ".join(part for part in parts if part)
+    parts += [f"{said['users']:,} users drawn from the split" if said.get("users") else ""]
+    chains = [f"{ranker[name]} {name}" for name in ("samples", "temperature", "top_p") if name in ranker]
+    return ", ".join(part for part in [*parts, *chains] if part)
 
 
 def _prompt(facts: CardFacts) -> str:

@@ -5,24 +5,39 @@ say whether each stage did its work.
 """
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.table import Table
+from trl import ModelConfig
 
 from recllm.catalogue import Catalogue
 from recllm.embeddings import EmbedConfig, embed
 from recllm.errors import UserError
 from recllm.evaluation.comparison import CompareConfig, compare
 from recllm.evaluation.comparison_tables import render
+from recllm.evaluation.stage import EvaluateConfig, evaluate
 from recllm.files import read_json
 from recllm.launch import console, results
-from recllm.models.build import BuildModelConfig, build_model
+from recllm.mixtures.alignment import AlignmentConfig, build_alignment
+from recllm.mixtures.reasoning import ReasoningConfig, build_reasoning
+from recllm.models.build import TINY, BuildModelConfig, build_model
 from recllm.preparation import PrepareConfig, prepare
 from recllm.recommender import Recommender
 from recllm.semantic_ids.build import BuildConfig, build
-from recllm.summary import catalogue_table, model_table, recommendations_table, semantic_ids_table
+from recllm.summary import (
+    catalogue_table,
+    model_table,
+    pairs_table,
+    reasoning_table,
+    recommendations_table,
+    semantic_ids_table,
+)
+from recllm.teacher import TeacherConfig
+from recllm.trainers.sft import RecSFTConfig
+from recllm.trainers.sft_run import SFTData, run_sft
 from recllm.yardstick import BaselinesConfig, run_baselines
 
 # Of a shop of hundreds of items; the defaults are for tens of thousands of users.
@@ -30,12 +45,24 @@ SMALL = [
     *("tiger.width=128", "tiger.layers=2", "tiger.epochs=12", "tiger.lr=0.003", "tiger.batch=32", "tiger.dropout=0.1"),
     *("tiger.validation_users=500", "sasrec.batch=256", "sasrec.epochs=15"),
 ]
+# Whole sequences in one row, so that a tiny model sees them often enough in minutes; and what items are like.
+TASKS = ["sequence=1", "attributes_of_item=1", "items_of_category=1", "item_from_intent=1"]
+CHAINS = 800  # users whose last training event is reasoned about
+REASONED = 200  # test users of the reasoning figures, ten chains each
+SFT = {
+    "num_train_epochs": 12, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "lr_scheduler_type": "cosine",
+    "warmup_steps": 50, "dropout": 0.1, "train_sampling_strategy": "group_by_length", "bf16": False,
+    "gradient_checkpointing": False, "validation_users": 0, "report_to": "none",
+}  # fmt: skip
 NEXT = """Next, with your own log and catalogue (docs/data_formats.md lists what can be read):
   python data_prep/prepare.py --interactions log.jsonl.gz --items items.jsonl.gz --output runs/mine
   python data_prep/embed_items.py --data runs/mine
   python data_prep/build_semantic_ids.py --data runs/mine
   python eval/baselines.py --data runs/mine --output runs/mine/baselines
-  python data_prep/build_model.py --data runs/mine --model Qwen/Qwen3-0.6B --output runs/mine/model"""
+  python data_prep/build_alignment.py --data runs/mine
+  python data_prep/build_reasoning.py --data runs/mine
+  python recipes/sft.py --data runs/mine --alignment runs/mine/alignment --reasoning runs/mine/reasoning \\
+      --model_name_or_path Qwen/Qwen3-0.6B --output_dir runs/mine/sft"""
 
 
 @dataclass
@@ -59,7 +86,7 @@ class DemoConfig:
 def demo(config: DemoConfig) -> None:
     """Run the stages on the shop, and print what each made."""
     data, model = Path(config.output), Path(config.output) / "model"
-    with stage("1/5  prepare: the shop's log and catalogue, first events of each user and item, leave-one-out"):
+    with stage("1/8  prepare: the shop's log and catalogue, first events of each user and item, leave-one-out"):
         catalogue = prepare(
             PrepareConfig(
                 output=str(data),
@@ -71,14 +98,14 @@ def demo(config: DemoConfig) -> None:
                 overwrite=config.overwrite,
             )
         )
-    with stage("2/5  embed: TF-IDF of the items' text beside who bought what next to what"):
+    with stage("2/8  embed: TF-IDF of the items' text beside who bought what next to what"):
         embed(EmbedConfig(data=str(data), seed=config.seed, overwrite=config.overwrite))
-    with stage("3/5  semantic IDs: residual k-means, collisions resolved"):
+    with stage("3/8  semantic IDs: residual k-means, collisions resolved"):
         table = build(BuildConfig(data=str(data), levels=3, codes=32, seed=config.seed, overwrite=config.overwrite))
-    with stage("4/5  model: a tiny Qwen3 whose vocabulary holds every item"):
+    with stage("4/8  model: a tiny Qwen3 whose vocabulary holds every item"):
         build_model(BuildModelConfig(data=str(data), output=str(model), seed=config.seed, overwrite=config.overwrite))
 
-    with stage("5/5  baselines: popularity, item-kNN, SASRec and a small generative model, trained and measured"):
+    with stage("5/8  baselines: popularity, item-kNN, SASRec and a small generative model, trained and measured"):
         names = ["popularity", "item-knn", "sasrec", "tiger"]
         baselines = BaselinesConfig(
             data=str(data), output=str(data / "baselines"), baselines=names, seeds=[config.seed], settings=SMALL,
@@ -86,12 +113,23 @@ def demo(config: DemoConfig) -> None:
         )  # fmt: skip
         runs = run_baselines(baselines)
 
+    with stage("6/8  mixtures: alignment of indices, words and users; chains of reasoning by the offline writer"):
+        write_mixtures(config)
+    with stage("7/8  supervised fine-tuning: the tiny Qwen3 learns to recommend, ever more often by reasoning"):
+        trained = run_sft(*sft_settings(config))
+    with stage("8/8  evaluation: direct over all users, reasoning over some of them"):
+        runs.append(data / "sft-direct")
+        evaluate(asking(config, "direct"))
+        reasoned = evaluate(asking(config, "reasoning"))
+
     for made in (catalogue_table(catalogue), semantic_ids_table(table), model_table(model), floor_table(data)):
         results.print()
         results.print(made)
     compared = compare(CompareConfig(runs=list(map(str, runs)), metrics=["recall@10", "ndcg@10"]))
     print("\n" + render(compared, "text", styled=results.is_terminal), end="")
-    for made in recommendation(catalogue, data / "baselines" / "models" / f"tiger-seed{config.seed}"):
+    results.print()
+    results.print(samples_table(reasoned))
+    for made in recommendation(catalogue, trained):
         results.print()
         results.print(made)
     results.print(f"\n{item_line(catalogue, table)}\n\n{NEXT}", highlight=False, markup=False)
@@ -116,16 +154,46 @@ def floor_table(data: Path) -> Table:
     return table
 
 
-def recommendation(catalogue: Catalogue, model: Path) -> tuple[Table, Table]:
-    """What the generative model recommends to the first customer of the test split."""
+def write_mixtures(config: DemoConfig) -> None:
+    common = {"data": config.output, "seed": config.seed, "overwrite": config.overwrite}
+    build_alignment(AlignmentConfig(**common, tasks=TASKS), TeacherConfig())
+    build_reasoning(ReasoningConfig(**common, template="short", max_history=10, users=CHAINS), TeacherConfig())
+
+
+def sft_settings(config: DemoConfig) -> tuple[SFTData, RecSFTConfig, ModelConfig]:
+    data = Path(config.output)
+    training = RecSFTConfig(output_dir=str(data / "sft"), seed=config.seed, overwrite=config.overwrite, **SFT)
+    given = SFTData(
+        str(data), [str(data / "alignment")], [str(data / "reasoning")], initialise="random", tiny_layers=2
+    )  # fmt: skip
+    return given, training, ModelConfig(model_name_or_path=TINY)
+
+
+def asking(config: DemoConfig, mode: str) -> EvaluateConfig:
+    return EvaluateConfig(
+        model=f"{config.output}/sft", data=config.output, output=f"{config.output}/sft-{mode}", mode=mode,
+        name="sft, direct" if mode == "direct" else "sft, reasoning", users=None if mode == "direct" else REASONED,
+        max_new_tokens=256, seed=config.seed, overwrite=config.overwrite,
+    )  # fmt: skip
+
+
+def samples_table(result: dict) -> Table:
+    """Of reasoned answers, ten a user."""
+    found = result["reasoning"]
+    rows = {name: f"{value:.3f}" for name, value in found["metrics"].items()}
+    rows |= {"chains in the form taught": f"{found['format_validity']:.1%}", "tokens": f"{found['tokens_mean']:.0f}"}
+    return pairs_table(f"the same model by reasoning, {result['users']:,} users", rows)
+
+
+def recommendation(catalogue: Catalogue, model: Path) -> Iterator[Table]:
+    """What the model recommends to the first customer of the test split, and how it reasons."""
     recommender = Recommender.from_pretrained(model)
     history = catalogue.targets("test")["history"][0].to_list()[-5:]
     title = dict(catalogue.items.select("item", "title").iter_rows())
-    found = recommender.recommend(history, k=5, exclude="history")
-    return (
-        recommendations_table("a customer who took", [(item, title[item], None) for item in history]),
-        recommendations_table("is recommended", [(one.item, one.title, one.score) for one in found]),
-    )
+    found = recommender.recommend(history, k=5, mode="reason", exclude="history")
+    yield recommendations_table("a customer who took", [(item, title[item], None) for item in history])
+    yield reasoning_table(found[0].reasoning, title)
+    yield recommendations_table("is recommended", [(one.item, one.title, one.score) for one in found])
 
 
 def item_line(catalogue, table) -> str:

@@ -1,5 +1,6 @@
 """What every training run needs: where it goes on after a kill, its bar, dropout, and whether bf16 pays."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,15 +9,30 @@ from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from recllm.launch import console
+from recllm.processes import ALONE, Processes
 
 
-def last_whole_step(steps: Path) -> str | None:
-    """The newest checkpoint to go on from. Trainer writes its state at the end: a folder without it was cut off."""
-    for folder in sorted(steps.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        if (folder / TRAINER_STATE_NAME).exists():
-            return str(folder)
-        shutil.rmtree(folder)
-    return None
+def last_whole_step(steps: Path, group: Processes = ALONE) -> str | None:
+    """The newest checkpoint to go on from; the first process removes what a kill cut off.
+
+    Trainer writes its state at the end, and each process its random numbers: a folder without them was cut off.
+    """
+    folders = sorted(steps.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2]))
+    whole = [folder for folder in folders if _is_whole(folder, group.count)]
+    group.wait()
+    if group.first:
+        for folder in folders[: folders.index(whole[0]) if whole else len(folders)]:
+            shutil.rmtree(folder)
+    group.wait()
+    return str(whole[0]) if whole else None
+
+
+def _is_whole(folder: Path, processes: int) -> bool:
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return processes == 1 or all((folder / f"rng_state_{rank}.pth").exists() for rank in range(processes))
 
 
 class BarOnStderr(ProgressCallback):

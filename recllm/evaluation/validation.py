@@ -69,15 +69,9 @@ class EvaluatesByDecoding:
         accelerator = self.accelerator
         model = accelerator.unwrap_model(self.model)
         count, index = accelerator.num_processes, accelerator.process_index
-        if count == 1 or not _whole_on_each(accelerator):
-            return self.validation(model)  # of a sharded model every process must compute the same
+        if count == 1:
+            return self.validation(model)
         ranks = self.validation.ranks(model, slice(index, None, count)).to(accelerator.device)
         ranks = accelerator.pad_across_processes(ranks, pad_index=-1)  # no rank is negative
         gathered = accelerator.gather(ranks).cpu()
         return figures(gathered[gathered >= 0])
-
-
-def _whole_on_each(accelerator) -> bool:
-    """Has every process all the weights (DDP, ZeRO-1 and 2)?"""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    return accelerator.distributed_type.value != "FSDP" and (plugin is None or plugin.zero_stage < 3)

@@ -40,7 +40,7 @@ from recllm.semantic_ids.of_data import index_of
 from recllm.teacher import Request, TeacherConfig
 from recllm.text import TEXTS_FILE, check_columns
 
-VERSION = 1  # of what is written; a change of it makes every mixture anew
+VERSION = 2  # of what is written; a change of it makes every mixture anew
 COMMAND = "data_prep/build_alignment.py"
 CACHE_FILE = "alignment.cache.jsonl"
 

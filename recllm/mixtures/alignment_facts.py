@@ -115,14 +115,15 @@ class Windows:
 
     @classmethod
     def pieces(cls, catalogue: Catalogue, size: int) -> "Windows":
-        """Whole sequences, in pieces of up to `size` events and two at least: of each the last event is the target."""
+        """Whole sequences, in pieces of up to `size` events: of each the last event is the target.
+
+        A piece begins with the last event of the one before, so that every event from the second on answers once.
+        """
         every = cls.of(catalogue, True, size)
-        start = every.target - every.position()  # (W,) where in `events` the user's sequence begins
-        end = np.append(every.user[1:] != every.user[:-1], True)[: len(every)]  # is it the user's last event?
-        last = (every.target - start + 1) % size == 0  # the last event of a full piece
-        chosen = np.flatnonzero(end | last)
-        first = start[chosen] + (every.target[chosen] - start[chosen]) // size * size
-        chosen, first = chosen[first < every.target[chosen]], first[first < every.target[chosen]]
+        position, step = every.position(), size - 1
+        last = np.append(every.user[1:] != every.user[:-1], True)[: len(every)]  # is it the user's last event?
+        chosen = np.flatnonzero(last | (position % step == 0))
+        first = every.target[chosen] - position[chosen] + (position[chosen] - 1) // step * step
         return cls(every.users, every.events, every.user[chosen], first, every.target[chosen])
 
     def position(self) -> np.ndarray:

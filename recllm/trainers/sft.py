@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from recllm.errors import UserError
@@ -44,7 +44,9 @@ class RecSFTConfig(SFTConfig):
         default=0, metadata={"help": "Steps before everything else in which only the new tokens' rows move."}
     )
     rows_first_learning_rate: float = field(default=1e-3, metadata={"help": "Of those steps."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what was trained in another way."})
+    overwrite: bool = field(default=False, metadata={"help": "Begin anew, and replace what is there."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Steps kept to go on from: they are large."})
+    ddp_timeout: int = field(default=6 * 3600, metadata={"help": "Seconds: one process may tokenise for the others."})
 
     def __post_init__(self):
         if not torch.accelerator.is_available() and not self.deepspeed:  # which would be ignored in silence
@@ -60,6 +62,7 @@ class RecSFTConfig(SFTConfig):
             if self.early_stopping_patience < 1:
                 raise UserError(f"early_stopping_patience must be at least 1, got {self.early_stopping_patience}")
             self.load_best_model_at_end = True
+            self.restore_callback_states_from_checkpoint = True  # or patience would start anew
         if self.load_best_model_at_end:
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
         for name in ("rows_first_steps", "validation_users"):
@@ -69,6 +72,7 @@ class RecSFTConfig(SFTConfig):
             raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.validation_beams < 10:
             raise UserError(f"validation_beams must be at least 10 for Recall@10, got {self.validation_beams}")
+        self.refuse_what_does_nothing()
         if self.max_length is None:
             raise UserError("max_length must be a number: longer examples are left out whole", fix="max_length: 1024")
         if self.trust_remote_code:
@@ -77,6 +81,23 @@ class RecSFTConfig(SFTConfig):
         # Rows come tokenised, with their labels; TRL is not to touch them again.
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
+        if self.n_gpu > 1:
+            raise UserError(f"{self.n_gpu} GPUs and one process", fix="accelerate launch, or CUDA_VISIBLE_DEVICES=0")
+
+    def refuse_what_does_nothing(self) -> None:
+        """Settings of TRL's that this trainer's rows, schedule or evaluation would leave without effect, or wrong."""
+        wrong = {
+            "train_sampling_strategy": self.train_sampling_strategy not in ("random", "group_by_length"),
+            "packing_strategy": self.packing and self.packing_strategy != "bfd",
+            "chat_template_path": self.chat_template_path is not None,
+            "eos_token": self.eos_token is not None,
+            "auto_find_batch_size": self.auto_find_batch_size,
+            "eval_on_start": self.eval_on_start and not self.validation_users,
+            "completion_only_loss": self.completion_only_loss is False,
+            "assistant_only_loss": self.assistant_only_loss,
+        }
+        for name in (name for name, is_wrong in wrong.items() if is_wrong):
+            raise UserError(f"{name} = {getattr(self, name)!r} has no place in this training", fix="leave it out")
 
     @property
     def rows_a_step(self) -> int:
@@ -100,13 +121,33 @@ class RecSFTTrainer(EvaluatesByDecoding, SFTTrainer):
         )  # fmt: skip
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        self.add_callback(TellsTheEpoch(self))
         self.pop_callback(PrinterCallback)  # standard output is for results
         if self.pop_callback(ProgressCallback):
             self.add_callback(BarOnStderr)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> ScheduledSampler:
         grouped = self.args.train_sampling_strategy == "group_by_length"
-        return ScheduledSampler(
-            self.encoded.align, len(self.encoded.rows), self.args.rows_a_step, math.ceil(self.args.num_train_epochs),
-            Schedule(self.args.schedule, self.args.gamma, self.args.seed), self.encoded.lengths if grouped else None,
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.sampler = ScheduledSampler(
+            self.encoded.align, len(self.encoded.rows), self.args.rows_a_step, self.epochs(),
+            Schedule(self.args.schedule, self.args.gamma, seed), self.encoded.lengths if grouped else None,
         )  # fmt: skip
+        return self.sampler
+
+    def epochs(self) -> int:
+        """That the schedule is laid out for: `max_steps` decides where it is given, as everywhere in Trainer."""
+        if self.args.max_steps <= 0:
+            return math.ceil(self.args.num_train_epochs)
+        parts = self.encoded.align, len(self.encoded.rows) - self.encoded.align
+        return math.ceil(self.args.max_steps / sum(math.ceil(part / self.args.rows_a_step) for part in parts))
+
+
+class TellsTheEpoch(TrainerCallback):
+    """To the sampler. After a resume on several processes neither Trainer's nor accelerate's `set_epoch` reaches it."""
+
+    def __init__(self, trainer: RecSFTTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.sampler.set_epoch(int((state.epoch or 0) + 1e-6))

@@ -482,8 +482,8 @@ def test_a_sequence_holds_every_target_of_a_user_in_one_row(tmp_path):
         found.setdefault(row["user"], []).append(row["prompt"] + row["completion"])
         assert row["prompt"] == style.text(row["history"][:1], table, None)
     for user, items in sequences.items():
-        training, size = items[:-2], 4  # a history of 3 and its target
-        pieces = [training[start : start + size] for start in range(0, len(training), size)]
+        training, size = items[:-2], 4  # a history of 3 and its target; a piece begins where the last one ended
+        pieces = [training[start : start + size] for start in range(0, len(training), size - 1)]
         longer = PromptStyle(style.template, max_history=size)
         assert found.get(user, []) == [longer.text(piece, table, None) for piece in pieces if len(piece) > 1]
 

@@ -23,8 +23,9 @@ def on_cpu(self, cpu=False, sagemaker_dp=False, backend=None):
 PartialState._prepare_backend = on_cpu
 """
 PROGRAM = """
-import sys
+import os, sys
 {shim}
+from transformers import TrainerCallback
 from trl import ModelConfig
 from recllm import launch
 from recllm.trainers import sft_run
@@ -35,7 +36,12 @@ def told(*args):
     trainer = made(*args)
     kind, count = trainer.accelerator.distributed_type.value, trainer.accelerator.num_processes
     print(f"RUNS {{kind}} {{count}}", flush=True)
+    trainer.add_callback(Stops())
     return trainer
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if str(state.global_step) == os.environ.get("STOP_AT"):
+            os._exit(9)
 sft_run.trainer_of = told
 launch.run(run_sft, SFTData, RecSFTConfig, ModelConfig)
 """
@@ -51,7 +57,7 @@ def made(tmp_path_factory):
     return folder, data, model, alignment, reasoning
 
 
-def run(made, output, processes, batch, *more, program="plain"):
+def run(made, output, processes, batch, *more, program="plain", stop_at=None):
     folder, data, model, alignment, reasoning = made
     settings = [
         "--data", data, "--alignment", alignment, "--reasoning", reasoning, "--model_name_or_path", model,
@@ -73,6 +79,10 @@ def run(made, output, processes, batch, *more, program="plain"):
     cpu = "true" if program == "plain" else "false"
     environment = {**os.environ, "ACCELERATE_USE_CPU": cpu, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = list(map(str, [*start, folder / f"{program}.py", *settings]))
+    if stop_at is not None:
+        killed = {**environment, "STOP_AT": str(stop_at)}
+        assert subprocess.run(command, env=killed, capture_output=True, timeout=400).returncode
+        assert not Path(output).exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     log = json.loads((Path(output) / "recllm.json").read_text())["sft"]["log"]
@@ -89,6 +99,18 @@ def test_two_processes_train_what_one_does(made, tmp_path):
     assert others == pytest.approx(losses, rel=1e-4)
     assert of_two == pytest.approx(recalls)  # each decoded its share of the users
     assert all(torch.allclose(weights[name], shared[name], atol=1e-5) for name in weights)
+
+
+def test_two_processes_killed_in_the_second_epoch_go_on_in_its_order(made, tmp_path):
+    """Each in its place of the second epoch: neither batches twice nor others never."""
+    folder = made[0]
+    rows = len(list((folder / "data").glob("*/*.arrow")))
+    assert rows == 2
+    settings = ("--max_steps", 16, "--save_strategy", "steps", "--save_steps", 12, "--validation_users", 0)
+    settings += ("--eval_strategy", "no")
+    *_, whole = run(made, tmp_path / "whole", 2, 4, *settings)
+    *_, resumed = run(made, tmp_path / "resumed", 2, 4, *settings, stop_at=14)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.slow

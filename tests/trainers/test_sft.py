@@ -21,7 +21,8 @@ from recllm.checkpoint import Checkpoint
 from recllm.errors import UserError
 from recllm.mixtures.encoding import encode
 from recllm.mixtures.store import Mixture
-from recllm.trainers.sft import RecSFTConfig
+from recllm.trainers.run import check_weights, shapes_of
+from recllm.trainers.sft import RecSFTConfig, RecSFTTrainer
 from recllm.trainers.sft_run import SFTData, run_sft
 
 ROOT = Path(__file__).parents[2]
@@ -38,11 +39,11 @@ def made(tmp_path_factory):
     return data, model, alignment, reasoning
 
 
-def train(made, output, model=None, lora=None, kinds="ar", **settings):
+def train(made, output, model=None, lora=None, kinds="ar", initialise="cluster", **settings):
     data, start, alignment, reasoning = made
     given = SFTData(
         str(data), [str(alignment)] if "a" in kinds else [], [str(reasoning)] if "r" in kinds else [],
-        tiny_width=64, tiny_layers=2,
+        tiny_width=64, tiny_layers=2, initialise=initialise,
     )  # fmt: skip
     training = RecSFTConfig(output_dir=str(output), **{**FAST, **settings})
     return run_sft(given, training, ModelConfig(model_name_or_path=str(model or start), **(lora or {})))
@@ -60,7 +61,8 @@ def same(one, other) -> bool:
 def test_a_model_learns_and_the_folder_stands_alone(tmp_path):
     made = write_small_model(tmp_path, items=12, users=200)
     made = (*made, *write_mixtures(made[0], law=True))
-    output = train(made, tmp_path / "out", num_train_epochs=8, learning_rate=5e-3, kinds="a")
+    settings = {"num_train_epochs": 12, "learning_rate": 5e-3, "initialise": "random", "kinds": "a"}
+    output = train(made, tmp_path / "out", model="tiny", **settings)
     assert not list(tmp_path.glob("*.work-*")), "work of a finished run is left"
     assert not list(output.rglob("*.bin"))
     recommender = Recommender.from_pretrained(output)
@@ -68,13 +70,13 @@ def test_a_model_learns_and_the_folder_stands_alone(tmp_path):
     rows = mixture.examples.to_list()
     found = recommender.recommend([row["history"] for row in rows], k=1)
     hits = sum(one[0].item == row["item"] for one, row in zip(found, rows)) / len(rows)
-    assert hits > 0.6  # by chance 1/12
+    assert hits > 0.25  # by chance 1/12
     AutoTokenizer.from_pretrained(output)
     assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.float32
     report = json.loads((output / "recllm.json").read_text())
     assert report["prompt"] == mixture.report["prompt"]
     assert "reasoning_prompt" not in report
-    assert report["sft"]["steps"] == 8 * -(-len(rows) // 8)
+    assert report["sft"]["steps"] == 12 * -(-len(rows) // 8)
 
 
 def test_the_same_again_returns_at_once_and_another_is_refused(made, tmp_path, capsys):
@@ -207,6 +209,37 @@ def test_settings_that_leave_new_rows_untrained_are_refused(made, tmp_path, lora
     assert not (tmp_path / "out").exists()
 
 
+def test_lora_keeps_the_best_epoch(made, tmp_path):
+    """Validation decodes a model with an adapter; the best epoch's adapter is loaded again and merged."""
+    output = train(
+        made, tmp_path / "out", lora={"use_peft": True, "lora_r": 4}, kinds="a", num_train_epochs=2,
+        validation_users=10, validation_beams=10, load_best_model_at_end=True,
+    )  # fmt: skip
+    assert not any("lora" in name for name in weights(output))
+    Recommender.from_pretrained(output).recommend(["i1"], k=3)
+
+
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
+def test_what_sharded_weights_cannot_do_is_refused_before_the_hours(made, tmp_path, monkeypatch, way):
+    monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(UserError, match="LoRA with DeepSpeed or FSDP"):
+        train(made, tmp_path / "out", lora={"use_peft": True})
+    with pytest.raises(UserError, match="rows_first_steps needs whole weights"):
+        train(made, tmp_path / "out", rows_first_steps=2)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        train(made, tmp_path / "out", validation_users=5)
+
+
+def test_weights_that_were_not_written_are_noticed_before_the_steps_go(made, tmp_path):
+    start = Checkpoint.load(made[1])
+    check_weights(made[1], shapes_of(start))
+    with pytest.raises(UserError, match="not written whole"):
+        check_weights(tmp_path, shapes_of(start))
+    with pytest.raises(UserError, match="not written whole"):
+        check_weights(made[1], shapes_of(start) | {"model.norm.weight": (3,)})
+
+
 # ---- rows of the data set
 
 
@@ -261,6 +294,11 @@ def test_packing_keeps_the_kinds_apart_and_trains_to_the_same_loss(made, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy = 'sequential' has no place"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy = 'wrapped'"),
+        ({"eos_token": "<|im_end|>"}, "eos_token"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"completion_only_loss": False}, "completion_only_loss"),
         ({"schedule": "random"}, "schedule 'random'"),
         ({"gamma": -1.0}, "gamma must be above 0"),
         ({"validation_users": 0, "load_best_model_at_end": True}, "chosen on validation users"),
@@ -273,6 +311,56 @@ def test_packing_keeps_the_kinds_apart_and_trains_to_the_same_loss(made, tmp_pat
 def test_a_config_fails_at_construction(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         RecSFTConfig(output_dir=str(tmp_path), bf16=False, **settings)
+
+
+def test_the_best_epoch_of_reasoning_alone_is_refused(made, tmp_path):
+    with pytest.raises(UserError, match="reasoning data alone does not teach"):
+        train(made, tmp_path / "out", kinds="r", validation_users=5, load_best_model_at_end=True)
+
+
+def test_a_finished_run_whose_end_was_killed_is_completed(made, tmp_path):
+    output = train(made, tmp_path / "out", max_steps=1)
+    (output / "README.md").unlink()
+    left = output.with_name(f"out.work-{json.loads((output / 'recllm.json').read_text())['sft']['made_of'][:16]}")
+    left.mkdir()
+    train(made, tmp_path / "out", max_steps=1)
+    assert (output / "README.md").exists()
+    assert not left.exists()
+
+
+def test_nothing_published_names_a_place_of_this_machine(made, tmp_path):
+    output = train(made, tmp_path / "out", max_steps=1)
+    for path in output.iterdir():
+        if path.suffix in (".json", ".md", ".yaml"):
+            assert str(tmp_path.parent) not in path.read_text(), path.name
+
+
+def test_another_mixture_under_the_same_name_trains_anew(made, tmp_path):
+    """A teacher's late answers change the rows of a mixture, not what was asked."""
+    data, start, alignment, reasoning = made
+    copied = shutil.copytree(alignment, tmp_path / "alignment")
+    train((data, start, copied, reasoning), tmp_path / "out", max_steps=1, kinds="a")
+    shutil.rmtree(copied)
+    shutil.copytree(reasoning, copied)
+    with pytest.raises(UserError, match="holds another model"):
+        train((data, start, copied, reasoning), tmp_path / "out", max_steps=1, kinds="a")
+
+
+def test_max_steps_decides_what_the_last_epoch_is(made, tmp_path):
+    """The schedule is laid out for the steps that are run: D to R comes to reasoning."""
+    checkpoint = Checkpoint.load(made[1])
+    mixtures = [Mixture.load(path, checkpoint.table, "…") for path in made[2:]]
+    rows = encode(mixtures[:1], mixtures[1:], checkpoint.tokenizer, 256)
+    a_pass = sum(-(-part // 8) for part in (rows.align, len(rows.rows) - rows.align))
+    args = RecSFTConfig(
+        output_dir=str(tmp_path), **{**FAST, "num_train_epochs": 9}, max_steps=2 * a_pass,
+        schedule="direct_then_reasoning",
+    )  # fmt: skip
+    sampler = RecSFTTrainer(checkpoint.model, args, rows, checkpoint.tokenizer, None)._get_train_sampler()
+    kinds = [kind for order in sampler.orders for kind, _, _ in order]
+    assert len(sampler.orders) == 2
+    assert kinds == sorted(kinds)  # align before reason
+    assert kinds.count("reason") * 2 == pytest.approx(len(kinds), abs=2)
 
 
 def test_without_data_or_a_model_one_sentence_says_so(made, tmp_path):
