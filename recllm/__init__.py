@@ -1,5 +1,6 @@
 """recllm: post-train a causal LM into a generative recommender. README.md has the tree, CONTRIBUTING.md the letters."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 from recllm.catalogue import Catalogue
@@ -7,19 +8,23 @@ from recllm.semantic_ids import SemanticIdTable
 
 if TYPE_CHECKING:
     from recllm.recommender import Recommendation, Recommender
+    from recllm.trainers.sft import RecSFTConfig, RecSFTTrainer
     from recllm.trie import SemanticIdTrie
 
-__all__ = ["Catalogue", "Recommendation", "Recommender", "SemanticIdTable", "SemanticIdTrie"]
+__all__ = [
+    "Catalogue", "RecSFTConfig", "RecSFTTrainer", "Recommendation", "Recommender", "SemanticIdTable", "SemanticIdTrie",
+]  # fmt: skip
+# What needs torch and transformers is imported when it is first asked for: preparing data needs neither.
+LATE = {
+    "Recommender": "recllm.recommender",
+    "Recommendation": "recllm.recommender",
+    "RecSFTConfig": "recllm.trainers.sft",
+    "RecSFTTrainer": "recllm.trainers.sft",
+    "SemanticIdTrie": "recllm.trie",
+}
 
 
 def __getattr__(name: str):
-    """What needs torch and transformers is imported when it is first asked for: preparing data needs neither."""
-    if name in ("Recommender", "Recommendation"):
-        from recllm import recommender
-
-        return getattr(recommender, name)
-    if name == "SemanticIdTrie":
-        from recllm.trie import SemanticIdTrie
-
-        return SemanticIdTrie
-    raise AttributeError(f"module 'recllm' has no attribute {name!r}")
+    if name not in LATE:
+        raise AttributeError(f"module 'recllm' has no attribute {name!r}")
+    return getattr(importlib.import_module(LATE[name]), name)

@@ -45,12 +45,12 @@ SMALL = [
     *("tiger.width=128", "tiger.layers=2", "tiger.epochs=12", "tiger.lr=0.003", "tiger.batch=32", "tiger.dropout=0.1"),
     *("tiger.validation_users=500", "sasrec.batch=256", "sasrec.epochs=15"),
 ]
-# Whole sequences in one row, so that a tiny model sees them often enough in minutes; and what items are like.
+# The settings of recipes/gream/shop.yaml. Whole sequences in one row, so that a tiny model sees them often enough.
 TASKS = ["sequence=1", "attributes_of_item=1", "items_of_category=1", "item_from_intent=1"]
-CHAINS = 800  # users whose last training event is reasoned about
+CHAINS = {"template": "short", "max_history": 6, "columns": ["categories", "brand"]}  # short: written token by token
 REASONED = 200  # test users of the reasoning figures, ten chains each
 SFT = {
-    "num_train_epochs": 12, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "lr_scheduler_type": "cosine",
+    "num_train_epochs": 5, "per_device_train_batch_size": 12, "learning_rate": 2e-3, "lr_scheduler_type": "cosine",
     "warmup_steps": 50, "dropout": 0.1, "train_sampling_strategy": "group_by_length", "bf16": False,
     "gradient_checkpointing": False, "validation_users": 0, "report_to": "none",
 }  # fmt: skip
@@ -157,7 +157,7 @@ def floor_table(data: Path) -> Table:
 def write_mixtures(config: DemoConfig) -> None:
     common = {"data": config.output, "seed": config.seed, "overwrite": config.overwrite}
     build_alignment(AlignmentConfig(**common, tasks=TASKS), TeacherConfig())
-    build_reasoning(ReasoningConfig(**common, template="short", max_history=10, users=CHAINS), TeacherConfig())
+    build_reasoning(ReasoningConfig(**common, **CHAINS), TeacherConfig())
 
 
 def sft_settings(config: DemoConfig) -> tuple[SFTData, RecSFTConfig, ModelConfig]:
@@ -173,7 +173,7 @@ def asking(config: DemoConfig, mode: str) -> EvaluateConfig:
     return EvaluateConfig(
         model=f"{config.output}/sft", data=config.output, output=f"{config.output}/sft-{mode}", mode=mode,
         name="sft, direct" if mode == "direct" else "sft, reasoning", users=None if mode == "direct" else REASONED,
-        max_new_tokens=256, seed=config.seed, overwrite=config.overwrite,
+        max_new_tokens=200, seed=config.seed, overwrite=config.overwrite,
     )  # fmt: skip
 
 

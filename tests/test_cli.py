@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from recllm.catalogue import Catalogue
+from recllm import demo as demos
 from recllm.demo import DemoConfig, demo
 from recllm.errors import UserError
 
@@ -20,10 +21,13 @@ def recllm(*arguments, cwd=None) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
 
 
-def test_the_demo_goes_from_a_log_to_a_model_and_says_what_it_made(tmp_path, capsys):
+def test_the_demo_goes_from_a_log_to_a_model_and_says_what_it_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(demos.SFT, "num_train_epochs", 1)  # what it says is asked, not what it learns
+    monkeypatch.setattr(demos, "REASONED", 5)
     demo(DemoConfig(output=str(tmp_path / "demo"), items=80, users=60))
     said = capsys.readouterr().out
-    for line in ("users / items / events", "knowing the history alone", "distinct", "rows", "is now <|a_", "Next,"):
+    lines = ("users / items / events", "knowing the history alone", "distinct", "rows", "is now <|a_", "Next,")
+    for line in (*lines, "sft, direct", "the same model by reasoning", "pass@10", "evidence"):
         assert line in said
     inspected = recllm("inspect", tmp_path / "demo" / "model")
     assert "semantic IDs" in inspected.stdout
