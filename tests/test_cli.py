@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from recllm.catalogue import Catalogue
 from recllm import demo as demos
+from recllm.catalogue import Catalogue
 from recllm.demo import DemoConfig, demo
 from recllm.errors import UserError
 

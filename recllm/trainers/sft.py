@@ -81,6 +81,8 @@ class RecSFTConfig(SFTConfig):
         # Rows come tokenised, with their labels; TRL is not to touch them again.
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.__dict__["_setup_devices"] = torch.device("cpu")  # torch cannot load again what was on "cpu:0"
         if self.n_gpu > 1:
             raise UserError(f"{self.n_gpu} GPUs and one process", fix="accelerate launch, or CUDA_VISIBLE_DEVICES=0")
 
