@@ -8,7 +8,7 @@ OUTPUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-data test-gpu test-vllm quality format bench bench-decoding bench-gpu clean
+.PHONY: help install demo test test-slow test-data test-gpu test-vllm quality format bench bench-decoding bench-sft bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -74,6 +74,11 @@ bench: .venv/dev.stamp  ## the benchmarks of docs/performance.md (about 3 minute
 bench-decoding: .venv/dev.stamp  ## constrained decoding against HF generate (minutes; docs/decoding.md)
 	@$(BIN)/python benchmarks/decoding.py --output runs/bench/decoding.json
 	@$(BIN)/python benchmarks/trie.py --output runs/bench/trie.json
+
+bench-sft: .venv/dev.stamp  ## training: throughput, new tokens, GREAM's Table 4 on the shop (about an hour and a half)
+	@$(BIN)/python benchmarks/sft.py --output runs/bench/sft.json
+	@$(BIN)/python benchmarks/initialisation.py --output runs/bench/initialisation
+	@$(BIN)/python benchmarks/gream_shop.py --output runs/bench/gream_shop
 
 bench-gpu:  ## everything that a GPU machine can check in one call, with its own torch: PYTHON=python3 make bench-gpu
 	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests; tests=$$?; \

@@ -27,7 +27,7 @@ def test_the_demo_goes_from_a_log_to_a_model_and_says_what_it_made(tmp_path, cap
     demo(DemoConfig(output=str(tmp_path / "demo"), items=80, users=60))
     said = capsys.readouterr().out
     lines = ("users / items / events", "knowing the history alone", "distinct", "rows", "is now <|a_", "Next,")
-    for line in (*lines, "sft, direct", "the same model by reasoning", "pass@10", "evidence"):
+    for line in (*lines, "sft, direct", "the same model by reasoning", "pass@10", "reasoning"):
         assert line in said
     inspected = recllm("inspect", tmp_path / "demo" / "model")
     assert "semantic IDs" in inspected.stdout

@@ -227,6 +227,7 @@ def test_what_would_be_empty_is_dropped_and_counted(tmp_path):
     # u: b→a, ba→c, bac→b; v: b→c. A history of b alone has no title, and of the targets only a has one.
     assert report["tasks"] == {
         "next_item": 4,
+        "sequence": 2,
         "next_item_from_titles": 2,
         "next_title": 1,
         "item_from_text": 2,

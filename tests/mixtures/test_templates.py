@@ -10,7 +10,8 @@ PAIR = "  - prompt: 'What is {item}?'\n    completion: '{title}'\n"
 def test_every_task_has_several_and_the_first_is_what_a_model_is_asked_with():
     templates = read_templates()
     assert list(templates) == list(FIELDS)
-    assert all(len(set(pairs)) == len(pairs) >= 3 for pairs in templates.values())
+    for task, pairs in templates.items():  # a sequence has the one wording in which nothing stands between items
+        assert len(set(pairs)) == len(pairs) >= (1 if task == "sequence" else 3)
     assert templates["next_item"][0].prompt == PromptStyle().template
 
 
