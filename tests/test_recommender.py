@@ -186,7 +186,8 @@ def test_the_command_prints_a_list(folders, recommender, monkeypatch, capsys):
     cli.main()
     printed = capsys.readouterr().out
     assert "Thing 1" in printed
-    assert printed.index(best[0].item) < printed.index(best[1].item)
+    listed = printed[printed.index("recommended") :]  # the history stands above
+    assert listed.index(best[0].item) < listed.index(best[1].item)
     monkeypatch.setattr("sys.argv", [*command, "--filter", "brand=B", "--json"])
     cli.main()
     assert [json.loads(line)["item"] for line in capsys.readouterr().out.splitlines()] == [one.item for one in best]

@@ -108,14 +108,15 @@ def test_a_run_of_other_settings_is_never_gone_on_from(trained, folders, tmp_pat
 
 
 def test_a_step_that_was_cut_off_is_not_gone_on_from(tmp_path):
-    for step, whole in ((30, True), (60, True), (90, False)):
+    for step, whole in ((30, "{}"), (60, "{}"), (90, None), (120, '{"epo')):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").touch()
-        if whole:
-            (folder / "trainer_state.json").touch()
+        if whole is not None:
+            (folder / "trainer_state.json").write_text(whole)
     assert last_whole_step(tmp_path) == str(tmp_path / "checkpoint-60")
     assert not (tmp_path / "checkpoint-90").exists()
+    assert not (tmp_path / "checkpoint-120").exists()
     assert last_whole_step(tmp_path / "nothing") is None
 
 
