@@ -128,6 +128,7 @@ def build_of(data: SFTData, training: RecSFTConfig, model: ModelConfig, work: Pa
 
 
 def train(run: Run, data: SFTData, catalogue: Catalogue) -> None:
+    settings = plain(settings_of(run, data))  # now: making a config resets accelerate's state, which saving needs
     start = run.start(build_of(data, run.training, run.model, run.work))
     shapes = shapes_of(start)
     rows, styles = rows_of(run, data, start)
@@ -146,7 +147,7 @@ def train(run: Run, data: SFTData, catalogue: Catalogue) -> None:
         "papers": ["gream"],
         "sft": {
             "made_of": run.made_of,
-            "settings": plain(settings_of(run, data)),
+            "settings": settings,
             "examples": rows.examples,
             "alignment_rows": rows.align,
             "reasoning_rows": len(rows.rows) - rows.align,
