@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 from transformers import Trainer
-from trl import ModelConfig, SFTConfig
+from trl import GRPOConfig, ModelConfig, SFTConfig
 
 from recllm.checkpoint import REPORT, TABLE, Checkpoint, save_items
 from recllm.errors import UserError
@@ -45,7 +45,7 @@ class Run:
     """`kind` names the run's part of recllm.json, such as "sft"."""
 
     kind: str
-    training: SFTConfig
+    training: SFTConfig | GRPOConfig
     model: ModelConfig
     group: Processes
     output: Path
@@ -53,14 +53,15 @@ class Run:
 
     @classmethod
     def of(
-        cls, kind: str, training: SFTConfig, model: ModelConfig, group: Processes, build: BuildModelConfig,
-        *content: str,
+        cls, kind: str, training: SFTConfig | GRPOConfig, model: ModelConfig, group: Processes,
+        build: BuildModelConfig | None, *content: str,
     ) -> "Run":  # fmt: skip
-        """`build`: how a start is made of a plain model; `content`: what the data is, by its hashes."""
+        """`build`: how a start is made of a plain model, if one will do; `content`: what the data is, by its hashes."""
         check_model(model)
         left_out = PLACES if training.load_best_model_at_end else (*PLACES, *CHOOSING)
         settings = sorted((name, value) for name, value in training.to_dict().items() if name not in left_out)
-        base = which_model(build.model) if is_checkpoint(build.model) else start_made_of(build)
+        plain = build is not None and not is_checkpoint(build.model)
+        base = start_made_of(build) if plain else which_model(model.model_name_or_path)
         adapter = sorted((name, value) for name, value in vars(model).items() if name != "model_name_or_path")
         made_of = digest(kind, base, *content, repr(settings), repr(adapter), str(training.rows_a_step))
         run = cls(kind, training, model, group, Path(training.output_dir), made_of)
@@ -98,10 +99,10 @@ class Run:
         self.group.wait()
         return done
 
-    def start(self, build: BuildModelConfig) -> Checkpoint:
-        """The checkpoint that training begins with; made from a plain model if one is named."""
-        folder = build.model
-        if not is_checkpoint(build.model):
+    def start(self, build: BuildModelConfig | None = None) -> Checkpoint:
+        """The checkpoint that training begins with; made from a plain model if one is named and will do."""
+        folder = self.model.model_name_or_path
+        if build is not None and not is_checkpoint(folder):
             folder = build.output
             if self.group.first:
                 build_model(build)
@@ -127,7 +128,7 @@ def check_model(model: ModelConfig) -> None:
         )
 
 
-def spread(training: SFTConfig | None = None) -> str:
+def spread(training: SFTConfig | GRPOConfig | None = None) -> str:
     """How `accelerate launch` or the settings lay the model out: copies, deepspeed, or sharded (ZeRO-3 and FSDP)."""
     on = {name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for name in ("FSDP", "DEEPSPEED")}
     plugin = getattr(training, "deepspeed_plugin", None)
