@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow as pa
 
 from recllm.errors import UserError
-from recllm.files import digest_all, read_object, require, sha256_file
+from recllm.files import digest, digest_all, read_object, require, sha256_file
 
 Split = Literal["train", "valid", "test"]  # an event may also have `none`: no history, so neither learnt nor a target
 
@@ -40,6 +40,7 @@ INTERACTION_COLUMNS = {
     "position": pl.UInt32,
 }
 SPLIT_COLUMNS = {"user": pl.String, "position": pl.UInt32, "split": pl.String}
+RL_SHORTEST = 3  # training events: without the last, one is left to learn from and one before it
 PREPARE = "run data_prep/prepare.py"
 AGAIN = "run data_prep/prepare.py again, with --overwrite"
 
@@ -47,6 +48,11 @@ AGAIN = "run data_prep/prepare.py again, with --overwrite"
 def fingerprint_items(items: list[str]) -> str:
     """Which items, in which order: what embeddings, semantic IDs and models must agree on."""
     return digest_all(items)
+
+
+def rl_draw(user: str) -> float:
+    """A number in [0, 1) of the user's id and nothing else; below a share, the user is of that share."""
+    return int(digest("recllm rl_share", user)[:13], 16) / 16**13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +115,24 @@ class Catalogue:
             raise UserError("interactions and splits differ in length", file=self.folder, fix=AGAIN)
         return events.with_columns(split["split"])  # the two files are written row by row together
 
-    def training_sequences(self) -> pl.DataFrame:
-        """user, items, behaviours: what a model may learn from. No event of valid or test is among them."""
-        return (
-            self.interactions.filter(pl.col("split") == "train")
-            .group_by("user", maintain_order=True)
-            .agg(items="item", behaviours="behaviour")
-        )
+    def training_sequences(self, rl_share: float = 0.0) -> pl.DataFrame:
+        """user, items, behaviours: what a model may learn from. No event of valid or test is among them, and none of
+        `rl_targets(rl_share)`."""
+        events = self.interactions.filter(pl.col("split") == "train")
+        events = events.filter(~kept_for_rl(events, rl_share)) if rl_share else events
+        return events.group_by("user", maintain_order=True).agg(items="item", behaviours="behaviour")
+
+    def rl_targets(self, rl_share: float | None, max_history: int | None = None) -> pl.DataFrame:
+        """What `training_sequences(rl_share)` leaves to reinforcement learning, in the columns of `targets`: the last
+        training event of a share of the users. None: every training event that has another before it.
+
+        Users are chosen by their ids alone (`rl_draw`): whatever the seed and the mixture the same ones, and those of
+        a share among those of a larger one. A user with fewer than RL_SHORTEST training events keeps theirs.
+        """
+        events = self.interactions.filter(pl.col("split") == "train")
+        past = events.select(pl.int_range(pl.len()).over("user")).to_series()  # training events of the user before it
+        wanted = past > 0 if rl_share is None else kept_for_rl(events, rl_share)
+        return self._with_histories(events, wanted, past, max_history)
 
     def targets(self, split: Split, max_history: int | None = None) -> pl.DataFrame:
         """user, position, item, behaviour, history, history_behaviours: one row for each target of `split`.
@@ -123,12 +140,18 @@ class Catalogue:
         The history is what came before the target, oldest first, cut to the last `max_history`; without it, to what
         was set when the data was prepared (--max_history), so that every model sees as much of the past.
         """
+        events = self.interactions
+        return self._with_histories(events, events["split"] == split, events["position"], max_history)
+
+    def _with_histories(
+        self, events: pl.DataFrame, wanted: pl.Series, past: pl.Series, max_history: int | None
+    ) -> pl.DataFrame:
+        """The wanted of these events, each with what came before it. `past`: how many events of its user that are."""
         longest = max_history or self.report.get("max_history") or 2**31
-        events = self.interactions.with_columns(row=pl.int_range(pl.len()))
-        wanted = events.filter(pl.col("split") == split)
-        length = pl.min_horizontal("position", pl.lit(longest, pl.UInt32)).cast(pl.Int64)
+        length = past.cast(pl.Int64).clip(upper_bound=longest)
         # The events of a user are consecutive rows: a history is the `length` rows before the target's.
-        spans = wanted.with_columns(past=pl.int_ranges(pl.col("row") - length, pl.col("row")))
+        spans = events.with_columns(row=pl.int_range(pl.len()), length=length).filter(wanted)
+        spans = spans.with_columns(past=pl.int_ranges(pl.col("row") - pl.col("length"), pl.col("row")))
         return spans.select(
             "user",
             "position",
@@ -137,6 +160,16 @@ class Catalogue:
             history=_gather(spans["past"], events["item"]),
             history_behaviours=_gather(spans["past"], events["behaviour"]),
         )
+
+
+def kept_for_rl(events: pl.DataFrame, rl_share: float) -> pl.Series:
+    """Of each training event, in order: is it a target of reinforcement learning, that nothing else may show?"""
+    ends = events.select("user").with_row_index("row").group_by("user").agg(last=pl.max("row"), count=pl.len())
+    ends = ends.filter(pl.col("count") >= RL_SHORTEST)
+    chosen = ends["user"].map_elements(rl_draw, return_dtype=pl.Float64) < rl_share
+    kept = np.zeros(len(events), bool)
+    kept[ends["last"].filter(chosen).to_numpy()] = True
+    return pl.Series(kept)
 
 
 def _gather(rows: pl.Series, values: pl.Series) -> pl.Series:

@@ -1,7 +1,8 @@
 """Alignment data: what teaches a language model the items' indices and the users' habits.   GREAM, section 2.
 
-A prepared folder with its semantic IDs → a folder of prompts and completions. A sequence is `training_sequences()` and
-nothing else, so that no event of validation or test is ever in a history, a target or a summary.
+A prepared folder with its semantic IDs → a folder of prompts and completions. A sequence is `training_sequences(share)`
+and nothing else, so that no event of validation or test, and none that is kept for reinforcement learning, is ever in a
+history, a target or a summary.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from recllm.mixtures.alignment_tasks import (
     write_examples,
 )
 from recllm.mixtures.alignment_texts import write_texts
-from recllm.mixtures.store import Mixture, already_made, save_mixture
+from recllm.mixtures.store import RL_SHARE, Mixture, already_made, check_rl_share, save_mixture
 from recllm.mixtures.templates import ALIGNMENT, ASKED, SEQUENCE, Template, read_templates
 from recllm.progress import progress
 from recllm.prompting import PromptStyle
@@ -77,6 +78,7 @@ class AlignmentConfig:
     max_words: int = field(default=60, metadata={"help": "Of an item's text or description; longer ones are cut."})
     rewritten: bool = field(default=False, metadata={"help": "Describe items by texts.parquet (rewrite_text.py)."})
     category_items: int = field(default=5, metadata={"help": "Items that an example of a category names at most."})
+    rl_share: float = field(default=0.0, metadata={"help": RL_SHARE})
     seed: int = field(default=0, metadata={"help": "Of templates, shares and samples."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a mixture of other data or settings."})
 
@@ -86,6 +88,7 @@ class AlignmentConfig:
                 raise UserError(f"{name} is {getattr(self, name)}", fix="1 or more")
         if self.max_targets is not None and self.max_targets < 1:
             raise UserError(f"max_targets is {self.max_targets}", fix="1 or more, or leave it out for all")
+        check_rl_share(self.rl_share)
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}", fix="0 or more")
         if SEQUENCE in self.weights() and (self.separator or self.chat):
@@ -136,10 +139,11 @@ def build_alignment(config: AlignmentConfig, teacher: TeacherConfig) -> Mixture 
         return Mixture.load(config.folder, table, COMMAND)
 
     facts = ItemFacts.of(catalogue, table, config.title, attributes, config.max_words, config.rewritten)
-    windows = Windows.of(catalogue, config.windows == "all", config.max_history, config.max_targets)
+    every, share = config.windows == "all", config.rl_share
+    windows = Windows.of(catalogue, every, config.max_history, config.max_targets, share)
     summarised = windows.last_of_users() if config.summaries == "user" else np.arange(len(windows))
     groups = category_groups(facts, config.category_items, task_random(config.seed, "categories"))
-    pieces = Windows.pieces(catalogue, config.max_history + 1) if SEQUENCE in config.weights() else None
+    pieces = Windows.pieces(catalogue, config.max_history + 1, share) if SEQUENCE in config.weights() else None
     material = Material(facts, windows, summarised, groups, config.separator, pieces)
     choices = {
         task: Choice.draw(material.numbers(task), weight, len(templates[task]), task_random(config.seed, task))
@@ -198,6 +202,8 @@ def _made_of(config: AlignmentConfig, teacher: TeacherConfig, catalogue: Catalog
 def _settings(config: AlignmentConfig) -> dict:
     places = ("data", "output", "semantic_ids", "templates", "overwrite", "tasks")
     settings = {name: value for name, value in vars(config).items() if name not in places}
+    if not config.rl_share:
+        del settings["rl_share"]  # a mixture made before there was the setting is the same
     return settings | {"tasks": config.weights()}
 
 

@@ -98,9 +98,11 @@ class Windows:
     target: np.ndarray  # (W,) where in `events` the target is: the history ends before it
 
     @classmethod
-    def of(cls, catalogue: Catalogue, every: bool, max_history: int, max_targets: int | None = None) -> "Windows":
+    def of(
+        cls, catalogue: Catalogue, every: bool, max_history: int, max_targets: int | None = None, rl_share: float = 0.0
+    ) -> "Windows":
         """Of each user every training event from the second on, or the last alone; the latest `max_targets` of them."""
-        sequences = catalogue.training_sequences()
+        sequences = catalogue.training_sequences(rl_share)
         rows = pl.DataFrame({"item": catalogue.item_ids, "row": np.arange(len(catalogue.item_ids))})
         events = sequences.select(item="items").explode("item").join(rows, on="item", how="left", maintain_order="left")
         lengths = sequences["items"].list.len().to_numpy().astype(np.int64)  # (users,)
@@ -114,12 +116,12 @@ class Windows:
         return cls(sequences["user"].to_list(), events["row"].to_list(), user[target], first, target)
 
     @classmethod
-    def pieces(cls, catalogue: Catalogue, size: int) -> "Windows":
+    def pieces(cls, catalogue: Catalogue, size: int, rl_share: float = 0.0) -> "Windows":
         """Whole sequences, in pieces of up to `size` events: of each the last event is the target.
 
         A piece begins with the last event of the one before, so that every event from the second on answers once.
         """
-        every = cls.of(catalogue, True, size)
+        every = cls.of(catalogue, True, size, rl_share=rl_share)
         position, step = every.position(), size - 1
         last = np.append(every.user[1:] != every.user[:-1], True)[: len(every)]  # is it the user's last event?
         chosen = np.flatnonzero(last | (position % step == 0))

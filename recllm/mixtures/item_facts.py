@@ -56,13 +56,16 @@ def phrase(column: str, value: str) -> str:
     return f"by {value}" if column == "brand" else f"{label(column).lower()} {value}"
 
 
-def item_facts(catalogue: Catalogue, columns: Sequence[str]) -> dict[str, Facts]:
-    """item → what is known of it from these columns. Without any category, words of the titles stand for them."""
+def item_facts(catalogue: Catalogue, columns: Sequence[str], rl_share: float = 0.0) -> dict[str, Facts]:
+    """item → what is known of it from these columns. Without any category, words of the titles stand for them.
+
+    rl_share: of `Catalogue.training_sequences`, from which those words are chosen.
+    """
     rows = list(catalogue.items.iter_rows(named=True))
     kinds = {row["item"]: _kinds(row) if "categories" in columns else [] for row in rows}
     guessed = False
     if "title" in columns and not any(kinds.values()):
-        guessed, kinds = True, _title_words(catalogue)
+        guessed, kinds = True, _title_words(catalogue, rl_share)
     values = [column for column in columns if column not in ("title", "categories", "reviews")]
     values = {row["item"]: [(name, _value(row[name])) for name in values] for row in rows}
     counts = Counter(("categories", kind) for said in kinds.values() for kind in said)
@@ -81,23 +84,23 @@ def item_facts(catalogue: Catalogue, columns: Sequence[str]) -> dict[str, Facts]
     }
 
 
-def speaking_columns(catalogue: Catalogue) -> list[str]:
+def speaking_columns(catalogue: Catalogue, rl_share: float = 0.0) -> list[str]:
     """title, categories, brand, and the data's own columns that tell something about what follows what.
 
     Such a column holds few short values, and neighbours in a training history agree in it clearly more often than two
     events at random do: a tier does, a colour that nobody cares about does not.
     """
     own = [name for name in catalogue.items.columns if name not in ITEM_COLUMNS]
-    return ["title", "categories", "brand", *(name for name in own if _tells(catalogue, name))]
+    return ["title", "categories", "brand", *(name for name in own if _tells(catalogue, name, rl_share))]
 
 
-def _tells(catalogue: Catalogue, column: str) -> bool:
+def _tells(catalogue: Catalogue, column: str, rl_share: float) -> bool:
     """Σ 1[x_t = x_{t+1}] / pairs  ≥  FOLLOWS · Σ_v p(v)²"""
     if catalogue.items[column].dtype != pl.String:
         return False
     value = {item: _value(said) for item, said in catalogue.items.select("item", column).iter_rows()}
     counts, pairs, agree = Counter(), 0, 0
-    for items in catalogue.training_sequences()["items"].to_list():
+    for items in catalogue.training_sequences(rl_share)["items"].to_list():
         said = [value[item] for item in items if value[item]]
         counts.update(said)
         pairs += max(0, len(said) - 1)
@@ -117,7 +120,7 @@ def _value(value) -> str:
     return text if len(text.split()) <= LONGEST and text.lower() not in NO_VALUES else ""
 
 
-def _title_words(catalogue: Catalogue) -> dict[str, list[str]]:
+def _title_words(catalogue: Catalogue, rl_share: float) -> dict[str, list[str]]:
     """Of each title the two words that tell most of what follows; of those the more common first.
 
     score(w) = P(w in the next title | w in this one) − P(w), over neighbours in the training histories: "strings" comes
@@ -129,7 +132,7 @@ def _title_words(catalogue: Catalogue) -> dict[str, list[str]]:
     most = max(FEWEST, TITLE_SHARE * len(titles))
     shared = {word for word, count in titles_with.items() if FEWEST <= count <= most}
     pairs, here, both = 0, Counter(), Counter()
-    for items in catalogue.training_sequences()["items"].to_list():
+    for items in catalogue.training_sequences(rl_share)["items"].to_list():
         for one, other in itertools.pairwise(items):
             pairs += 1
             here.update(words[one] & shared)

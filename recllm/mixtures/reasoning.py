@@ -1,7 +1,7 @@
 """Reasoning data: history → a chain in five stages that ends in the next item.   GREAM, section 4.2.
 
 A teacher that sees history and next item writes the reasoning (recllm.mixtures.teacher_answers); the chain around it
-is composed, checked and read back here. Only training events are used.
+is composed, checked and read back here. Only training events are used, without those kept for reinforcement learning.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from recllm.files import digest
 from recllm.launch import console
 from recllm.mixtures.item_facts import Facts, item_facts, speaking_columns
 from recllm.mixtures.offline_chains import compose
-from recllm.mixtures.store import FEATURES, Mixture, already_made, save_mixture
+from recllm.mixtures.store import FEATURES, RL_SHARE, Mixture, already_made, check_rl_share, save_mixture
 from recllm.mixtures.teacher_answers import DROPS, Composer, Dropped, parse_answer, question, readable
 from recllm.prompting import PromptStyle
 from recllm.reasoning import SHORT_TEMPLATE, STEPS, TEMPLATE, Chain
@@ -66,6 +66,7 @@ class ReasoningConfig:
         default="teacher", metadata={"help": "The rewritten history: without what the teacher drops, or a plain copy."}
     )
     justification: bool = field(default=True, metadata={"help": "One line before the recommendation says why."})
+    rl_share: float = field(default=0.0, metadata={"help": RL_SHARE})
     seed: int = field(default=0, metadata={"help": "Of the draw of users."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a mixture of other data or settings."})
 
@@ -77,6 +78,7 @@ class ReasoningConfig:
             )
         if self.users is not None and self.users < 1:
             raise UserError(f"users is {self.users}", fix="1 or more, or leave it out for all")
+        check_rl_share(self.rl_share)
         if self.separator.strip(" ,."):
             raise UserError(
                 f"the separator {self.separator!r} would not read back", fix="blanks, commas, full stops or nothing"
@@ -107,10 +109,10 @@ def build_reasoning(config: ReasoningConfig, teacher: TeacherConfig) -> Mixture 
     """Write the mixture, or leave it when it is there and complete; None if only the estimate was wanted."""
     catalogue = Catalogue.load(config.data)
     table = index_of(catalogue, config.semantic_ids)
-    columns = config.columns or speaking_columns(catalogue)
+    columns = config.columns or speaking_columns(catalogue, config.rl_share)
     check_columns(catalogue, columns)
     cases = find_cases(config, catalogue)
-    facts = item_facts(catalogue, columns)
+    facts = item_facts(catalogue, columns, config.rl_share)
     requests = ask(cases, catalogue, columns, facts, offline=teacher.teacher == "offline")
     asked = [request for request in requests if request]
     if not asked:
@@ -151,7 +153,7 @@ def build_reasoning(config: ReasoningConfig, teacher: TeacherConfig) -> Mixture 
 
 def find_cases(config: ReasoningConfig, catalogue: Catalogue) -> list[Case]:
     """What is explained, in the order of users and time: training events after at least min_history others."""
-    sequences = catalogue.training_sequences().select("user", "items").rows()
+    sequences = catalogue.training_sequences(config.rl_share).select("user", "items").rows()
     sequences = [(user, items) for user, items in sequences if len(items) > config.min_history]
     if not sequences:
         raise UserError(
@@ -250,6 +252,8 @@ def _figures(chains: Sequence[tuple[Case, Chain]]) -> dict:
 def _settings(config: ReasoningConfig, columns: Sequence[str]) -> dict:
     places = ("data", "output", "semantic_ids", "overwrite")
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in places}
+    if not config.rl_share:
+        del settings["rl_share"]  # a mixture made before there was the setting is the same
     return settings | {"columns": list(columns)}
 
 

@@ -5,6 +5,7 @@ Prompts and completions are plain content; what a chat template adds is written 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset, Features, Value, disable_progress_bars, enable_progress_bars, load_from_disk
@@ -17,6 +18,7 @@ from recllm.prompting import PromptStyle
 from recllm.semantic_ids import SemanticIdTable
 
 REPORT = "mixture.json"
+RL_SHARE = "Share of the users whose last training event is left out, for reinforcement learning (docs/rl_targets.md)."
 FEATURES = Features(
     {
         "task": Value("string"),
@@ -54,6 +56,32 @@ class Mixture:
     def style(self) -> PromptStyle:
         """How its prompts are written, for whoever asks the trained model."""
         return PromptStyle.read(self.report["prompt"])
+
+    @property
+    def rl_share(self) -> float:
+        """Of the users, for how many its last training event was left to reinforcement learning."""
+        return float(self.report.get("settings", {}).get("rl_share", 0.0))
+
+
+def check_rl_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise UserError(f"rl_share is {share}", fix="a share from 0 to 1, such as 0.2")
+
+
+def rl_share_of(mixtures: Sequence[Mixture]) -> float:
+    """The one share that a model trained on all of these never saw the last training events of."""
+    shares = {mixture.rl_share for mixture in mixtures}
+    if len(shares) > 1:
+        said = ", ".join(f"{mixture.report.get('kind', 'a mixture')} {mixture.rl_share:g}" for mixture in mixtures)
+        raise UserError(
+            f"the mixtures differ in rl_share ({said}), so one shows what another keeps for reinforcement learning",
+            fix="build them with the same --rl_share",
+        )
+    share = shares.pop() if shares else 0.0
+    if share and len({mixture.report.get("catalogue") for mixture in mixtures}) > 1:
+        problem = "the mixtures keep targets for reinforcement learning, and are of different data"
+        raise UserError(problem, fix="build them from one prepared folder, or with --rl_share 0")
+    return share
 
 
 def save_mixture(examples: Dataset, report: dict, folder: Path) -> Mixture:

@@ -17,7 +17,7 @@ from recllm.files import sha256_file
 from recllm.hub import CARD
 from recllm.launch import console
 from recllm.mixtures.encoding import Encoded, encode
-from recllm.mixtures.store import Mixture
+from recllm.mixtures.store import Mixture, rl_share_of
 from recllm.models.attention import use_fp32_attention
 from recllm.models.build import BuildModelConfig
 from recllm.pretrained import quiet
@@ -131,7 +131,7 @@ def train(run: Run, data: SFTData, catalogue: Catalogue) -> None:
     settings = plain(settings_of(run, data))  # now: making a config resets accelerate's state, which saving needs
     start = run.start(build_of(data, run.training, run.model, run.work))
     shapes = shapes_of(start)
-    rows, styles = rows_of(run, data, start)
+    rows, styles, share = rows_of(run, data, start)
     validation = None
     if run.training.validation_users and data.alignment:
         users, beams = run.training.validation_users, run.training.validation_beams
@@ -148,6 +148,8 @@ def train(run: Run, data: SFTData, catalogue: Catalogue) -> None:
         "sft": {
             "made_of": run.made_of,
             "settings": settings,
+            "catalogue": catalogue.fingerprint,
+            "rl_share": share,
             "examples": rows.examples,
             "alignment_rows": rows.align,
             "reasoning_rows": len(rows.rows) - rows.align,
@@ -158,12 +160,14 @@ def train(run: Run, data: SFTData, catalogue: Catalogue) -> None:
     save(run, trainer, start, shapes, report)
 
 
-def rows_of(run: Run, data: SFTData, start: Checkpoint) -> tuple[Encoded, dict[str, PromptStyle]]:
-    """Tokenised examples, and how the trained model is asked: `prompt`, and `reasoning_prompt` if it reasons."""
+def rows_of(run: Run, data: SFTData, start: Checkpoint) -> tuple[Encoded, dict[str, PromptStyle], float]:
+    """Tokenised examples; how the trained model is asked: `prompt`, and `reasoning_prompt` if it reasons; and the share
+    of the users whose last training event none of the examples shows."""
     align = [Mixture.load(folder, start.table, ALIGN) for folder in data.alignment]
     reason = [Mixture.load(folder, start.table, REASON) for folder in data.reasoning]
     styles = {"prompt": align[0].style} if align else {}
     styles |= {REASONING: reason[0].style} if reason else {}
+    share = rl_share_of([*align, *reason])
     settings, group = run.training, run.group
     if not group.first:  # the first process tokenises; the others read what it wrote
         group.wait()
@@ -174,7 +178,7 @@ def rows_of(run: Run, data: SFTData, start: Checkpoint) -> tuple[Encoded, dict[s
         left = f"; {rows.too_long:,} longer than {settings.max_length} tokens are left out"
         said = f"{rows.examples:,} examples in {len(rows.rows):,} rows" + (left if rows.too_long else "")
         console.print(said, highlight=False)
-    return rows, styles
+    return rows, styles, share
 
 
 def train_new_rows(run: Run, start: Checkpoint, rows: Encoded) -> None:
