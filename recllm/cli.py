@@ -3,6 +3,7 @@
 recllm demo              the whole way from a log to a model, on the embedded shop
 recllm recommend         what a checkpoint recommends after a history
 recllm inspect FOLDER    what a prepared folder or a checkpoint holds
+recllm health FOLDER …   how training runs went or go: tables, curves, warnings; --output health.svg, --csv health.csv
 recllm publish FOLDER    complete a checkpoint with its card and, with --repo user/name, upload it to the Hub
 recllm version
 """
@@ -99,6 +100,22 @@ def recommend(config: RecommendConfig) -> None:
 
 
 @dataclass
+class HealthConfig:
+    """Settings of `recllm health`."""
+
+    runs: list[str] = field(metadata={"help": "Outputs of recipes/*.py, finished or not; the first is compared with."})
+    output: str | None = field(default=None, metadata={"help": "An .svg to draw the curves to."})
+    csv: str | None = field(default=None, metadata={"help": "A .csv to write every metric to, a row a step."})
+
+
+def health(config: HealthConfig) -> None:
+    """How training runs went, or go: what became of their groups, what a step costs, and what to look at."""
+    from recllm.health.report import health
+
+    health(config.runs, config.output, config.csv)
+
+
+@dataclass
 class PublishConfig:
     """Settings of `recllm publish`."""
 
@@ -148,11 +165,15 @@ def main() -> None:
         elif name == "inspect":
             folder = ["--folder", *args] if args and not args[0].startswith("-") else args
             launch.run(inspect, InspectConfig, args=folder, description=inspect.__doc__, prog="recllm inspect")
+        elif name == "health":
+            runs = ["--runs", *args] if args and not args[0].startswith("-") else args
+            launch.run(health, HealthConfig, args=runs, description=health.__doc__, prog="recllm health")
         elif name == "publish":
             folder = ["--folder", *args] if args and not args[0].startswith("-") else args
             launch.run(publish, PublishConfig, args=folder, description=publish.__doc__, prog="recllm publish")
         else:
             raise UserError(
                 f"{name!r} is not a command",
-                fix="recllm demo, recllm recommend, recllm inspect FOLDER, recllm publish FOLDER, recllm version",
+                fix="recllm demo, recllm recommend, recllm inspect FOLDER, recllm health FOLDER, "
+                "recllm publish FOLDER, recllm version",
             )
