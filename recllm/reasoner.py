@@ -18,7 +18,7 @@ from recllm.errors import UserError
 from recllm.prompting import PromptWriter
 from recllm.reasoning import CLOSING, OPENING, Chain, NotAChain
 from recllm.rollouts import openings_of
-from recllm.vllm_chains import VLLMChains
+from recllm.vllm_chains import ChainWriter
 
 Chains = list[list[WrittenChain]]  # P lists of n
 
@@ -31,12 +31,12 @@ class Reasoner:
     openings: tuple[tuple[int, ...], ...]
     sampling: Sampling
     batch_size: int | None = None
-    vllm: VLLMChains | None = None  # writes the chains in place of the checkpoint's own model
+    vllm: ChainWriter | None = None  # writes the chains in place of the checkpoint's own model
 
     @classmethod
     def of(
         cls, checkpoint: Checkpoint, sampling: Sampling, normaliser: Normaliser = "level",
-        batch_size: int | None = None, vllm: VLLMChains | None = None,
+        batch_size: int | None = None, vllm: ChainWriter | None = None,
     ) -> "Reasoner":  # fmt: skip
         """Refuses a model that was not taught to reason. `batch_size`: histories whose chains are written at once."""
         writer, tokenizer = checkpoint.writer_of(checkpoint.reasoning), checkpoint.tokenizer
