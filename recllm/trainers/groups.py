@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from recllm.objectives.group import is_hit
+from recllm.objectives.group import group_normalised, has_signal, is_hit
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +105,18 @@ class RolloutGroups:
         return is_hit(self.codes, self.targets)
 
     @property
+    def trainable(self) -> Tensor:
+        """Is there anything to learn from the group? (P,) bool"""
+        return has_signal(self.rewards)
+
+    @property
+    def relative(self) -> Tensor:
+        """Rewards within their group: (r − mean) / std. (P, G)"""
+        return group_normalised(self.rewards)
+
+    of_target = None  # what the target's tokens weigh, where they stand in for the answer's: `trainers.expected`
+
+    @property
     def named(self) -> Tensor:
         """(P, G) bool"""
         return self.rollouts.named.view(self.rewards.shape)
@@ -117,6 +129,7 @@ class Signal:
     advantages: Tensor  # (P, G), or (P, G, T) where tokens differ
     active: Tensor  # (P, G) bool
     replaced: Tensor | None = None  # (P,) the answer that the truth stands in for, or -1
+    of_target: Tensor | None = None  # (P, G, L) of the target's tokens, taught in place of the drawn item's
 
     def __post_init__(self):
         assert self.advantages.shape[:2] == self.active.shape

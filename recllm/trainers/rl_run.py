@@ -1,0 +1,205 @@
+"""What the recipes of reinforcement learning do: targets, a start that knows the items, a run, a checkpoint.
+
+`run_rl(SRPO, data, training, model)`; the methods differ by their trainer and its settings alone.
+"""
+
+import copy
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from transformers.trainer_utils import set_seed
+from trl import ModelConfig
+
+from recllm.catalogue import Catalogue
+from recllm.checkpoint import TABLE, Checkpoint
+from recllm.errors import UserError
+from recllm.evaluation.validation import Validation
+from recllm.hub import CARD
+from recllm.launch import console
+from recllm.mixtures.targets import TargetsConfig, rl_prompts
+from recllm.models.attention import use_fp32_attention
+from recllm.pretrained import quiet
+from recllm.processes import Processes, processes
+from recllm.publish import finish
+from recllm.rewards import reward_functions
+from recllm.settings import plain
+from recllm.trainers.adapters import lora_of
+from recllm.trainers.base import RecGRPOTrainer
+from recllm.trainers.rl_config import RecGRPOConfig
+from recllm.trainers.rollouts import RolloutSettings, RolloutSource
+from recllm.trainers.run import PLACES, Run, is_checkpoint, save, shapes_of, spread
+from recllm.training import last_whole_step
+
+
+@dataclass(kw_only=True)
+class RLData(TargetsConfig):
+    """What is trained on. The start is `model_name_or_path`, a checkpoint of recipes/sft.py."""
+
+    data: str = field(metadata={"help": "Prepared folder (data_prep/prepare.py), with semantic_ids.json."})
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which trainer, and what a checkpoint of it says about itself."""
+
+    name: str  # in recllm.json
+    trainer: type[RecGRPOTrainer]
+    papers: tuple[str, ...]
+
+
+def run_rl(method: Method, data: RLData, training: RecGRPOConfig, model: ModelConfig) -> Path | None:
+    """Train into `output_dir`, or leave it when the same was trained there. Killed and run again, it goes on.
+
+    The folder on the first process, None on the others.
+    """
+    check(data, training, model)
+    with processes() as group:
+        catalogue = Catalogue.load(data.data)
+        run = run_of(method, data, training, model, group, catalogue)
+        if run.done():
+            if group.first:
+                console.print(f"{run.output} is trained already, from the same data with the same settings.")
+        else:
+            train(run, method, data, catalogue)
+        if not group.first:
+            return None
+        if training.push_to_hub or not (run.output / CARD).exists():
+            finish(
+                run.output, settings=settings_of(run, data), method=method.name, papers=list(method.papers),
+                push_to_hub=training.push_to_hub, hub_model_id=training.hub_model_id,
+                hub_private_repo=training.hub_private_repo, hub_revision=training.hub_revision,
+                hub_token=training.hub_token,
+            )  # fmt: skip
+        shutil.rmtree(run.work, ignore_errors=True)
+        return run.output
+
+
+def check(data: RLData, training: RecGRPOConfig, model: ModelConfig) -> None:
+    """What would fail or mean nothing after an hour is said now."""
+    if not training.output_dir or training.output_dir == "trainer_output":
+        raise UserError("output_dir is not set", fix="--output_dir FOLDER for the trained checkpoint")
+    if model.model_name_or_path and Path(model.model_name_or_path).exists() and not is_checkpoint(
+        model.model_name_or_path
+    ):  # fmt: skip
+        raise UserError(
+            f"holds no {TABLE}: the model knows no items",
+            file=model.model_name_or_path,
+            fix="train it with recipes/sft.py",
+        )
+    layout = spread(training)
+    if layout == "sharded":
+        if training.validation_users:
+            raise UserError(
+                "a sharded model (ZeRO-3, FSDP) cannot be decoded for validation",
+                fix="validation_users: 0, and eval/evaluate.py on the finished checkpoint",
+            )
+        raise UserError(
+            "answers are constrained by the engine, which needs whole weights on each process",
+            fix="ZeRO-2 or DDP (recipes/accelerate), with LoRA or gradient_checkpointing where memory is short",
+        )
+    if training.use_vllm and data.mode == "direct":
+        raise UserError(
+            "vLLM writes chains of thought; items come from the engine", fix="use_vllm: false, or --mode reason"
+        )
+    if training.expected and data.mode == "direct":
+        raise UserError(
+            "of direct answers the expectation needs no rollouts", fix="recipes/exact.py, or --mode reason or joint"
+        )
+    if training.sampling != "samples" and data.mode != "direct":
+        raise UserError(f"sampling {training.sampling} is of direct answers alone", fix="--mode direct, or samples")
+
+
+def run_of(
+    method: Method, data: RLData, training: RecGRPOConfig, model: ModelConfig, group: Processes, catalogue: Catalogue
+) -> Run:  # fmt: skip
+    content = [method.name, catalogue.fingerprint, repr(sorted(vars(data).items() - {("data", data.data)}))]
+    return Run.of("rl", training, model, group, None, *map(str, content))
+
+
+def train(run: Run, method: Method, data: RLData, catalogue: Catalogue) -> None:
+    settings = plain(settings_of(run, data))  # now: making a config resets accelerate's state, which saving needs
+    start = run.start()
+    shapes = shapes_of(start)
+    prompts = prompts_of(run, data, start, catalogue)
+    validation = None
+    if run.training.validation_users:
+        users, beams = run.training.validation_users, run.training.validation_beams
+        validation = Validation.of(catalogue, start, start.style, users, beams)
+    trainer = trainer_of(run, method, data, start, prompts, validation)
+    steps = last_whole_step(run.work / "steps", run.group) if run.resumes else None
+    with quiet():  # Trainer takes a tied head for missing when it loads the best evaluation
+        trainer.train(resume_from_checkpoint=steps)
+    report = {
+        "method": method.name,
+        "papers": sorted({*start.report.get("papers", []), *method.papers}),
+        "rl": {
+            "made_of": run.made_of,
+            "settings": settings,
+            "start": start.weights,
+            "prompts": len(prompts),
+            "steps": trainer.state.global_step,
+            "log": [without_nan(entry) for entry in trainer.state.log_history],
+        },
+    }
+    save(run, trainer, start, shapes, report)
+
+
+def without_nan(entry: dict) -> dict:
+    """JSON has none; TRL logs one where a batch had nothing to average."""
+    finite = {name: not isinstance(value, float) or math.isfinite(value) for name, value in entry.items()}
+    return {name: value if finite[name] else None for name, value in entry.items()}
+
+
+def prompts_of(run: Run, data: RLData, start: Checkpoint, catalogue: Catalogue) -> Dataset:
+    training = run.training
+    prompts = rl_prompts(
+        catalogue, start, which=data.rl_targets, mode=data.mode, limit=data.limit, seed=training.seed,
+        new_tokens=start.table.levels + (0 if data.mode == "direct" else training.max_completion_length),
+    )  # fmt: skip
+    at_a_time = training.generation_batch_size // training.num_generations
+    if len(prompts) < at_a_time:
+        raise UserError(
+            f"{len(prompts)} prompts are fewer than the {at_a_time} that a step generates answers for",
+            fix="a smaller batch (per_device_train_batch_size, steps_per_generation), or rl_targets: all",
+        )
+    if run.group.first:
+        console.print(f"{len(prompts):,} prompts, {training.num_generations} answers to each", highlight=False)
+    return prompts
+
+
+def trainer_of(
+    run: Run, method: Method, data: RLData, start: Checkpoint, prompts: Dataset, validation: Validation | None
+) -> RecGRPOTrainer:  # fmt: skip
+    training = copy.copy(run.training)
+    training.output_dir = str(run.work / "steps")
+    training.push_to_hub, training.hub_token = False, None  # the finished checkpoint is pushed, not every step's
+    if validation is None:
+        training.eval_strategy = "no"
+    set_seed(training.seed)  # LoRA draws its matrices
+    if training.bf16 and training.use_cpu:
+        use_fp32_attention(start.model)  # its backward in bf16 is slower there than all matrix products
+    source = RolloutSource.of(
+        start, RolloutSettings(training.sampling, training.temperature, training.top_p, training.max_completion_length)
+    )
+    source.check(set(prompts["mode"]), training.num_generations)
+    rewards = reward_functions(
+        training.rewards, training.reward_beta, training.reward_sasrec, data.data, start.table, training.reward_gate
+    )
+    return method.trainer(
+        start, training, prompts, source, rewards, validation, peft_config=lora_of(start.model, run.model)
+    )
+
+
+def settings_of(run: Run, data: RLData) -> dict:
+    """What the user set, in the names of the command line: data, the settings that are not the defaults, model."""
+    default = type(run.training)(output_dir=run.training.output_dir).to_dict()
+    changed = {
+        name: value
+        for name, value in run.training.to_dict().items()
+        if name not in PLACES and value != default.get(name)
+    }
+    lora = vars(run.model) if run.model.use_peft else {"model_name_or_path": run.model.model_name_or_path}
+    return {**vars(data), "output_dir": run.output.name, **changed, **lora}
