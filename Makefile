@@ -8,7 +8,7 @@ OUTPUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-data test-gpu test-vllm quality format bench bench-decoding bench-sft bench-gpu clean
+.PHONY: help install demo test test-slow test-data test-gpu test-vllm quality format bench bench-decoding bench-sft bench-rl bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -80,9 +80,24 @@ bench-sft: .venv/dev.stamp  ## training: throughput, new tokens, GREAM's Table 4
 	@$(BIN)/python benchmarks/initialisation.py --output runs/bench/initialisation
 	@$(BIN)/python benchmarks/gream_shop.py --output runs/bench/gream_shop
 
+bench-rl: .venv/dev.stamp  ## a step of reinforcement learning against TRL's own (about 6 minutes; docs/performance.md)
+	@$(BIN)/python benchmarks/rl.py --output runs/bench/rl.json
+
+# Nine minutes at most: each part has a limit of seconds, and one that fails does not keep the others from running.
+# PYTHON has what it has: nothing is installed, and without a package that the benchmarks need they are left out.
 bench-gpu:  ## everything that a GPU machine can check in one call, with its own torch: PYTHON=python3 make bench-gpu
-	@PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests; tests=$$?; \
-	PYTHONPATH=. $(PYTHON) benchmarks/decoding.py --rounds 3 --output runs/bench/decoding-gpu.json && exit $$tests
+	@export PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} PYTHONUNBUFFERED=1; failed=""; \
+	part() { name=$$1; limit=$$2; shift 2; echo "== $$name"; \
+		timeout -k 5 $$limit $(PYTHON) "$$@" || failed="$$failed $$name"; }; \
+	part tests 90 -m pytest -q -m gpu $$(grep -rl --include="*.py" mark.gpu tests); \
+	lacking=$$($(PYTHON) -c 'from importlib.util import find_spec as has; \
+		print(*(name for name in ("trl", "datasets", "polars") if not has(name)))'); \
+	if [ -n "$$lacking" ]; then echo "benchmarks left out: $(PYTHON) lacks $$lacking"; else \
+		part rl 225 benchmarks/rl.py --size 0.6b --output runs/bench/rl-gpu.json; \
+		part actor 105 benchmarks/actor.py --only "C=5, G=16" --output runs/bench/actor-gpu.json; \
+		part decoding 105 benchmarks/decoding.py --rounds 3 --output runs/bench/decoding-gpu.json; \
+	fi; \
+	if [ -n "$$failed" ]; then echo "failed or out of time:$$failed"; exit 1; fi
 
 clean:  ## remove .venv, .venv-vllm and what demo and bench made (not your own runs)
 	@rm -rf .venv .venv-vllm runs/demo runs/bench
