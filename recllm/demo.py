@@ -36,8 +36,10 @@ from recllm.summary import (
     semantic_ids_table,
 )
 from recllm.teacher import TeacherConfig
+from recllm.trainers.rl_run import Method, RLData, run_rl
 from recllm.trainers.sft import RecSFTConfig
 from recllm.trainers.sft_run import SFTData, run_sft
+from recllm.trainers.srpo import SRPO, SRPOSettings
 from recllm.yardstick import BaselinesConfig, run_baselines
 
 # Of a shop of hundreds of items; the defaults are for tens of thousands of users.
@@ -54,15 +56,23 @@ SFT = {
     "warmup_steps": 50, "dropout": 0.1, "train_sampling_strategy": "group_by_length", "bf16": False,
     "gradient_checkpointing": False, "validation_users": 0, "report_to": "none",
 }  # fmt: skip
+# The settings of recipes/srpo/shop.yaml, shorter.
+KEPT_OUT = 0.2
+RL = {
+    "num_generations": 16, "per_device_train_batch_size": 16 * 32, "max_steps": 60, "learning_rate": 5e-5,
+    "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "temperature": 1.0, "refill_tries": 1,
+    "bf16": False, "validation_users": 0, "report_to": "none",
+}  # fmt: skip
 NEXT = """Next, with your own log and catalogue (docs/data_formats.md lists what can be read):
   python data_prep/prepare.py --interactions log.jsonl.gz --items items.jsonl.gz --output runs/mine
   python data_prep/embed_items.py --data runs/mine
   python data_prep/build_semantic_ids.py --data runs/mine
   python eval/baselines.py --data runs/mine --output runs/mine/baselines
-  python data_prep/build_alignment.py --data runs/mine
-  python data_prep/build_reasoning.py --data runs/mine
+  python data_prep/build_alignment.py --data runs/mine --rl_share 0.2
+  python data_prep/build_reasoning.py --data runs/mine --rl_share 0.2
   python recipes/sft.py --data runs/mine --alignment runs/mine/alignment --reasoning runs/mine/reasoning \\
-      --model_name_or_path Qwen/Qwen3-0.6B --output_dir runs/mine/sft"""
+      --model_name_or_path Qwen/Qwen3-0.6B --output_dir runs/mine/sft
+  python recipes/srpo.py --data runs/mine --model_name_or_path runs/mine/sft --output_dir runs/mine/srpo"""
 
 
 @dataclass
@@ -86,7 +96,7 @@ class DemoConfig:
 def demo(config: DemoConfig) -> None:
     """Run the stages on the shop, and print what each made."""
     data, model = Path(config.output), Path(config.output) / "model"
-    with stage("1/8  prepare: the shop's log and catalogue, first events of each user and item, leave-one-out"):
+    with stage("1/9  prepare: the shop's log and catalogue, first events of each user and item, leave-one-out"):
         catalogue = prepare(
             PrepareConfig(
                 output=str(data),
@@ -98,14 +108,14 @@ def demo(config: DemoConfig) -> None:
                 overwrite=config.overwrite,
             )
         )
-    with stage("2/8  embed: TF-IDF of the items' text beside who bought what next to what"):
+    with stage("2/9  embed: TF-IDF of the items' text beside who bought what next to what"):
         embed(EmbedConfig(data=str(data), seed=config.seed, overwrite=config.overwrite))
-    with stage("3/8  semantic IDs: residual k-means, collisions resolved"):
+    with stage("3/9  semantic IDs: residual k-means, collisions resolved"):
         table = build(BuildConfig(data=str(data), levels=3, codes=32, seed=config.seed, overwrite=config.overwrite))
-    with stage("4/8  model: a tiny Qwen3 whose vocabulary holds every item"):
+    with stage("4/9  model: a tiny Qwen3 whose vocabulary holds every item"):
         build_model(BuildModelConfig(data=str(data), output=str(model), seed=config.seed, overwrite=config.overwrite))
 
-    with stage("5/8  baselines: popularity, item-kNN, SASRec and a small generative model, trained and measured"):
+    with stage("5/9  baselines: popularity, item-kNN, SASRec and a small generative model, trained and measured"):
         names = ["popularity", "item-knn", "sasrec", "tiger"]
         baselines = BaselinesConfig(
             data=str(data), output=str(data / "baselines"), baselines=names, seeds=[config.seed], settings=SMALL,
@@ -113,23 +123,26 @@ def demo(config: DemoConfig) -> None:
         )  # fmt: skip
         runs = run_baselines(baselines)
 
-    with stage("6/8  mixtures: alignment of indices, words and users; chains of reasoning by the offline writer"):
+    with stage("6/9  mixtures: alignment of indices, words and users; chains of reasoning by the offline writer"):
         write_mixtures(config)
-    with stage("7/8  supervised fine-tuning: the tiny Qwen3 learns to recommend, ever more often by reasoning"):
-        trained = run_sft(*sft_settings(config))
-    with stage("8/8  evaluation: direct over all users, reasoning over some of them"):
-        runs.append(data / "sft-direct")
-        evaluate(asking(config, "direct"))
-        reasoned = evaluate(asking(config, "reasoning"))
+    with stage("7/9  supervised fine-tuning: the tiny Qwen3 learns to recommend, ever more often by reasoning"):
+        run_sft(*sft_settings(config))
+    with stage("8/9  reinforcement learning: SRPO on targets that were kept out of supervised training"):
+        sharpened = run_rl(Method("srpo", SRPO, ("gream",)), *srpo_settings(config))
+    with stage("9/9  evaluation: direct over all users, reasoning over some of them"):
+        for model in ("sft", "srpo"):
+            runs.append(data / f"{model}-direct")
+            evaluate(asking(config, model, "direct"))
+        reasoned = evaluate(asking(config, "srpo", "reasoning"))
 
     for made in (catalogue_table(catalogue), semantic_ids_table(table), model_table(model), floor_table(data)):
         results.print()
         results.print(made)
-    compared = compare(CompareConfig(runs=list(map(str, runs)), metrics=["recall@10", "ndcg@10"]))
+    compared = compare(CompareConfig(runs=list(map(str, runs)), metrics=["recall@10", "ndcg@10", "recall@20"]))
     print("\n" + render(compared, "text", styled=results.is_terminal), end="")
     results.print()
     results.print(samples_table(reasoned))
-    for made in recommendation(catalogue, trained):
+    for made in recommendation(catalogue, sharpened):
         results.print()
         results.print(made)
     results.print(f"\n{item_line(catalogue, table)}\n\n{NEXT}", highlight=False, markup=False)
@@ -155,7 +168,7 @@ def floor_table(data: Path) -> Table:
 
 
 def write_mixtures(config: DemoConfig) -> None:
-    common = {"data": config.output, "seed": config.seed, "overwrite": config.overwrite}
+    common = {"data": config.output, "seed": config.seed, "overwrite": config.overwrite, "rl_share": KEPT_OUT}
     build_alignment(AlignmentConfig(**common, tasks=TASKS), TeacherConfig())
     build_reasoning(ReasoningConfig(**common, **CHAINS), TeacherConfig())
 
@@ -169,10 +182,16 @@ def sft_settings(config: DemoConfig) -> tuple[SFTData, RecSFTConfig, ModelConfig
     return given, training, ModelConfig(model_name_or_path=TINY)
 
 
-def asking(config: DemoConfig, mode: str) -> EvaluateConfig:
+def srpo_settings(config: DemoConfig) -> tuple[RLData, SRPOSettings, ModelConfig]:
+    data = Path(config.output)
+    training = SRPOSettings(output_dir=str(data / "srpo"), seed=config.seed, overwrite=config.overwrite, **RL)
+    return RLData(data=str(data)), training, ModelConfig(model_name_or_path=str(data / "sft"))
+
+
+def asking(config: DemoConfig, model: str, mode: str) -> EvaluateConfig:
     return EvaluateConfig(
-        model=f"{config.output}/sft", data=config.output, output=f"{config.output}/sft-{mode}", mode=mode,
-        name="sft, direct" if mode == "direct" else "sft, reasoning", users=None if mode == "direct" else REASONED,
+        model=f"{config.output}/{model}", data=config.output, output=f"{config.output}/{model}-{mode}", mode=mode,
+        name=f"{model}, {mode}", users=None if mode == "direct" else REASONED,
         max_new_tokens=200, seed=config.seed, overwrite=config.overwrite,
     )  # fmt: skip
 
