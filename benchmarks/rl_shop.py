@@ -5,8 +5,8 @@
 For each seed: a shop, its index, a tiny Qwen3 trained on whole sequences with the last training event of a share of
 the users kept out; then on those targets GRPO, SRPO, ReCast, its two halves, and, without answers drawn, the exact
 expectation and supervised training gone on with, for about as long. Learning rate and steps were chosen on validation
-users of seed 0 (docs/rl.md); test users are looked at once. `budget` is the share of the answers that GRPO drew after which a
-method's validation Recall@10 reached GRPO's last. Interrupted, the same command goes on.
+users of seed 0 (docs/rl.md); test users are looked at once. `budget` is the share of the answers that GRPO drew after
+which a method's validation Recall@10 reached GRPO's last. Interrupted, the same command goes on.
 """
 
 import statistics
