@@ -26,26 +26,22 @@ from recllm.semantic_ids.build import BuildConfig, build
 from recllm.teacher import TeacherConfig
 from recllm.trainers.exact import ExactConfig
 from recllm.trainers.exact_run import run_exact
-from recllm.trainers.grpo import GRPOSettings, RecGRPO
-from recllm.trainers.recast import ReCast, ReCastSettings
-from recllm.trainers.rl_run import Method, RLData, run_rl
+from recllm.trainers.grpo import GRPOSettings
+from recllm.trainers.methods import GRPO_RUN, RECAST_RUN, SRPO_RUN
+from recllm.trainers.recast import ReCastSettings
+from recllm.trainers.rl_run import RLData, run_rl
 from recllm.trainers.sft import RecSFTConfig
 from recllm.trainers.sft_run import SFTData, run_sft
-from recllm.trainers.srpo import SRPO, SRPOSettings
+from recllm.trainers.srpo import SRPOSettings
 
-GRPO, SRPO_, RECAST = (
-    Method("grpo", RecGRPO, ()),
-    Method("srpo", SRPO, ("gream",)),
-    Method("recast", ReCast, ("recast",)),
-)
 HALVES = {"repair": "always", "contrast": "group"}, {"repair": "never", "contrast": "boundary"}
 SAMPLED = {
-    "grpo": (GRPO, GRPOSettings, {}),
-    "srpo": (SRPO_, SRPOSettings, {"refill_tries": 0}),  # a refilled batch draws more answers than the others may
-    "recast": (RECAST, ReCastSettings, {}),
-    "recast, repair alone": (RECAST, ReCastSettings, HALVES[0]),
-    "recast, boundary alone": (RECAST, ReCastSettings, HALVES[1]),
-    "recast, adaptive": (RECAST, ReCastSettings, {"repair": "adaptive"}),
+    "grpo": (GRPO_RUN, GRPOSettings, {}),
+    "srpo": (SRPO_RUN, SRPOSettings, {"refill_tries": 0}),  # a refilled batch draws more answers than the others may
+    "recast": (RECAST_RUN, ReCastSettings, {}),
+    "recast, repair alone": (RECAST_RUN, ReCastSettings, HALVES[0]),
+    "recast, boundary alone": (RECAST_RUN, ReCastSettings, HALVES[1]),
+    "recast, adaptive": (RECAST_RUN, ReCastSettings, {"repair": "adaptive"}),
 }
 METRICS = ("recall@10", "ndcg@10", "recall@50", "coverage@10")
 HEALTH = ("group/all_zero", "group/trainable", "rollout/distinct", "recast/repaired", "actor/width", "kl")
@@ -55,7 +51,7 @@ HEALTH = ("group/all_zero", "group/trainable", "rollout/distinct", "recast/repai
 class RLShopConfig:
     output: str = field(default="runs/rl_shop", metadata={"help": "Folder for everything."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of shop, model and training."})
-    methods: list[str] = field(default_factory=lambda: [*SAMPLED, "exact", "sft"], metadata={"help": "Rows."})
+    methods: list[str] = field(default_factory=lambda: [*SAMPLED, "exact", "sft, gone on"], metadata={"help": "Rows."})
     share: float = field(default=0.5, metadata={"help": "Of the users whose last training event is kept for RL."})
     steps: int = field(default=200, metadata={"help": "Updates of the methods that draw answers."})
     prompts: int = field(default=32, metadata={"help": "P of an update."})
@@ -115,7 +111,8 @@ def measure(config: RLShopConfig, data: Path, model: Path, seed: int) -> dict:
     asked = EvaluateConfig(
         model=str(model), data=str(data), output=f"{model}-{config.split}", split=config.split, seed=seed, beams=50
     )
-    found = {name: value for name, value in evaluate(asked)["metrics"].items() if name in METRICS}
+    result = evaluate(asked)
+    found = {name: value for name, value in (result["metrics"] | result["lists"]).items() if name in METRICS}
     log = read_object(model / "recllm.json").get("rl", {}).get("log", [])
     found["validation"] = [[entry["step"], entry["eval_recall@10"]] for entry in log if "eval_recall@10" in entry]
     found["seconds"] = next((entry["train_runtime"] for entry in log if "train_runtime" in entry), None)
@@ -174,7 +171,7 @@ def main(config: RLShopConfig) -> None:
             model = train(config, data, method, seed)
             write_json(data / f"{model.name}-{config.split}.json", measure(config, data, model, seed))
     found = {}
-    for method in ("start", *SAMPLED, "exact", "sft"):
+    for method in ("start", *SAMPLED, "exact", "sft, gone on"):
         name = method.replace(", ", "-").replace(" ", "-")
         files = [Path(config.output) / f"shop{seed}" / f"{name}-{config.split}.json" for seed in config.seeds]
         if runs := [read_object(file) for file in files if file.exists()]:

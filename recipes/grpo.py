@@ -12,14 +12,13 @@ command goes on. docs/rl.md explains; `recllm health RUN/` shows how it goes.
 from trl import ModelConfig
 
 from recllm import launch
-from recllm.trainers.grpo import GRPOSettings, RecGRPO
-from recllm.trainers.rl_run import Method, RLData, run_rl
-
-METHOD = Method("grpo", RecGRPO, papers=())
+from recllm.trainers.grpo import GRPOSettings
+from recllm.trainers.methods import GRPO_RUN
+from recllm.trainers.rl_run import RLData, run_rl
 
 
 def main(data: RLData, training: GRPOSettings, model: ModelConfig) -> None:
-    if (folder := run_rl(METHOD, data, training, model)) is not None:
+    if (folder := run_rl(GRPO_RUN, data, training, model)) is not None:
         launch.results.print(folder)
 
 

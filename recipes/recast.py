@@ -12,14 +12,13 @@ command goes on. docs/rl.md explains; `recllm health RUN/` shows how it goes.
 from trl import ModelConfig
 
 from recllm import launch
-from recllm.trainers.recast import ReCast, ReCastSettings
-from recllm.trainers.rl_run import Method, RLData, run_rl
-
-METHOD = Method("recast", ReCast, papers=("recast",))
+from recllm.trainers.methods import RECAST_RUN
+from recllm.trainers.recast import ReCastSettings
+from recllm.trainers.rl_run import RLData, run_rl
 
 
 def main(data: RLData, training: ReCastSettings, model: ModelConfig) -> None:
-    if (folder := run_rl(METHOD, data, training, model)) is not None:
+    if (folder := run_rl(RECAST_RUN, data, training, model)) is not None:
         launch.results.print(folder)
 
 

@@ -12,14 +12,13 @@ command goes on. docs/rl.md explains; `recllm health RUN/` shows how it goes.
 from trl import ModelConfig
 
 from recllm import launch
-from recllm.trainers.rl_run import Method, RLData, run_rl
-from recllm.trainers.srpo import SRPO, SRPOSettings
-
-METHOD = Method("srpo", SRPO, papers=("gream",))
+from recllm.trainers.methods import SRPO_RUN
+from recllm.trainers.rl_run import RLData, run_rl
+from recllm.trainers.srpo import SRPOSettings
 
 
 def main(data: RLData, training: SRPOSettings, model: ModelConfig) -> None:
-    if (folder := run_rl(METHOD, data, training, model)) is not None:
+    if (folder := run_rl(SRPO_RUN, data, training, model)) is not None:
         launch.results.print(folder)
 
 

@@ -36,10 +36,11 @@ from recllm.summary import (
     semantic_ids_table,
 )
 from recllm.teacher import TeacherConfig
-from recllm.trainers.rl_run import Method, RLData, run_rl
+from recllm.trainers.methods import SRPO_RUN
+from recllm.trainers.rl_run import RLData, run_rl
 from recllm.trainers.sft import RecSFTConfig
 from recllm.trainers.sft_run import SFTData, run_sft
-from recllm.trainers.srpo import SRPO, SRPOSettings
+from recllm.trainers.srpo import SRPOSettings
 from recllm.yardstick import BaselinesConfig, run_baselines
 
 # Of a shop of hundreds of items; the defaults are for tens of thousands of users.
@@ -56,10 +57,10 @@ SFT = {
     "warmup_steps": 50, "dropout": 0.1, "train_sampling_strategy": "group_by_length", "bf16": False,
     "gradient_checkpointing": False, "validation_users": 0, "report_to": "none",
 }  # fmt: skip
-# The settings of recipes/srpo/shop.yaml, shorter.
+# Few and careful steps: the shop is small, and what sampled answers teach it is soon learnt (docs/rl.md).
 KEPT_OUT = 0.2
 RL = {
-    "num_generations": 16, "per_device_train_batch_size": 16 * 32, "max_steps": 60, "learning_rate": 5e-5,
+    "num_generations": 16, "per_device_train_batch_size": 16 * 32, "max_steps": 60, "learning_rate": 2e-5,
     "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "temperature": 1.0, "refill_tries": 1,
     "bf16": False, "validation_users": 0, "report_to": "none",
 }  # fmt: skip
@@ -128,7 +129,7 @@ def demo(config: DemoConfig) -> None:
     with stage("7/9  supervised fine-tuning: the tiny Qwen3 learns to recommend, ever more often by reasoning"):
         run_sft(*sft_settings(config))
     with stage("8/9  reinforcement learning: SRPO on targets that were kept out of supervised training"):
-        sharpened = run_rl(Method("srpo", SRPO, ("gream",)), *srpo_settings(config))
+        sharpened = run_rl(SRPO_RUN, *srpo_settings(config))
     with stage("9/9  evaluation: direct over all users, reasoning over some of them"):
         for model in ("sft", "srpo"):
             runs.append(data / f"{model}-direct")

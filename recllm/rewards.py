@@ -48,6 +48,25 @@ def dcg(
     return ndcg_at_k(ranks, NOT_FOUND).tolist()
 
 
+def rank_penalty(
+    prompts: Any, completions: Any, completion_ids: Any, *, codes: Ids, target: Ids, rank: Sequence[int], **_: Any
+) -> list[float]:
+    """−d_j / Σ d for a miss at rank j of a group of beams that holds the target, d_j = 1 / log2(j + 2); else 0.
+
+    The misses that stand highest are punished most: MiniOneRec's ranking reward, to be added to `hit`. Alone, `dcg` is
+    no more than `hit` once a group is normalised, since beams are distinct and one at most is the target.
+    """
+    found = hits(codes, target)
+    discount = (1 / (torch.as_tensor(rank, dtype=torch.double) + 2).log2()).masked_fill(found, 0)
+    group = (torch.as_tensor(rank) == 0).long().cumsum(0) - 1  # rank 0 begins a group
+    total = torch.zeros(int(group.max()) + 1, dtype=torch.double).index_add_(0, group, discount)
+    holds = torch.zeros(len(total), dtype=torch.double).index_add_(0, group, found.double()) > 0
+    return torch.where(holds[group], -discount / total[group].clamp(min=1e-12), 0.0).tolist()
+
+
+rank_penalty.__name__ = "rank"
+
+
 @dataclasses.dataclass(frozen=True)
 class PrefixReward:
     """(ℓ/H)^β for ℓ right levels of H: GREAM's reward, `objectives.srpo.prefix_reward`."""
@@ -210,6 +229,7 @@ REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
     "hit": lambda settings: hit,
     "prefix": lambda settings: PrefixReward(settings.beta),
     "dcg": lambda settings: dcg,
+    "rank": lambda settings: rank_penalty,
     "format": lambda settings: format_reward,
     "collaborative": _collaborative,
 }

@@ -14,7 +14,16 @@ from recllm.evaluation.ranking import Ranking
 from recllm.metrics import ndcg_at_k, ranks
 from recllm.models.sasrec import SASRecConfig, SASRecRanker
 from recllm.models.sasrec_training import train_sasrec
-from recllm.rewards import CollaborativeReward, PrefixReward, dcg, format_reward, gated, hit, reward_functions
+from recllm.rewards import (
+    CollaborativeReward,
+    PrefixReward,
+    dcg,
+    format_reward,
+    gated,
+    hit,
+    rank_penalty,
+    reward_functions,
+)
 from recllm.semantic_ids import SemanticIdTable
 
 # Four answers to one prompt, whose target has two codes of three levels.
@@ -44,6 +53,15 @@ def test_hit_and_prefix():
 def test_rows_need_no_padding():
     assert call(hit, codes=[[4], [4, 2], [], [4, 2, 0]], target=[[4, 2]] * 4) == [0, 1, 0, 0]
     assert call(hit, **{key: [] for key in GROUP}) == []
+
+
+def test_the_misses_above_are_punished_most_and_only_where_the_target_was_found():
+    """Beams 0 … 3 of two groups, the target third in the first and nowhere in the second: d = 1, .63, ·, .43."""
+    codes = [[5], [6], [7], [8], [5], [6], [9], [8]]
+    found = call(rank_penalty, codes=codes, target=[[7]] * 8, rank=[0, 1, 2, 3] * 2)
+    discounts = [1, 1 / math.log2(3), 1 / math.log2(5)]
+    first, second, fourth = (-one / sum(discounts) for one in discounts)
+    assert found == pytest.approx([first, second, 0, fourth, 0, 0, 0, 0])
 
 
 def test_dcg_is_the_metrics_own():
@@ -80,7 +98,7 @@ def test_settings_reach_their_reward():
     ("names", "settings", "sentence"),
     [
         (["hti"], {}, "'hti' is no reward. Fix: did you mean 'hit'?"),
-        (["xyz"], {}, "'xyz' is no reward. Fix: choose from hit, prefix, dcg, format, collaborative"),
+        (["xyz"], {}, "'xyz' is no reward. Fix: choose from hit, prefix, dcg, rank, format, collaborative"),
         (["hit", "hit"], {}, "hit, hit names a reward twice"),
         ([], {}, "no reward is named"),
         (["prefix"], {"beta": 0.0}, "beta is 0.0. Fix: above 0"),

@@ -1,6 +1,5 @@
 """Every YAML of recipes/{grpo,srpo,recast,exact} is read with every size, and runs two steps on a tiny model."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -15,12 +14,14 @@ from recllm.checkpoint import Checkpoint
 from recllm.trainers.exact import ExactConfig
 from recllm.trainers.exact_run import run_exact
 from recllm.trainers.grpo import GRPOSettings
+from recllm.trainers.methods import GRPO_RUN, RECAST_RUN, SRPO_RUN
 from recllm.trainers.recast import ReCastSettings
 from recllm.trainers.rl_run import RLData, run_rl
 from recllm.trainers.srpo import SRPOSettings
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SETTINGS = {"grpo": GRPOSettings, "srpo": SRPOSettings, "recast": ReCastSettings, "exact": ExactConfig}
+RUNS = {"grpo": GRPO_RUN, "srpo": SRPO_RUN, "recast": RECAST_RUN}
 YAMLS = sorted(path for name in SETTINGS for path in (RECIPES / name).glob("*.yaml"))
 SIZES = sorted((RECIPES / "sizes" / "rl").glob("*.yaml"))
 HERE = ("--bf16", "false", "--report_to", "none")  # whatever the machine
@@ -49,16 +50,10 @@ def test_a_yaml_runs_two_steps(path, made, tmp_path):
         "--max_steps", 2, "--validation_users", 5, "--validation_beams", 10, "--eval_steps", 2, "--learning_rate", 0.05,
         "--per_device_train_batch_size", 4, "--logging_steps", 1,
     ]  # fmt: skip
-    drawn = ["--num_generations", 4, "--rewards", "prefix", "--beta", 0.1]
-    drawn += ["--pass_k", 2] if method == "srpo" else []
+    drawn = ["--num_generations", 4, "--beta", 0.1]
+    drawn += {"grpo": ["--rewards", "prefix"], "srpo": ["--pass_k", 2]}.get(method, [])
     given, training, start = read(path, *small, *([] if method == "exact" else drawn))
-    if method == "exact":
-        output = run_exact(given, training, start)
-    else:
-        recipe = importlib.util.spec_from_file_location(f"recipe_{method}", RECIPES / f"{method}.py")
-        module = importlib.util.module_from_spec(recipe)
-        recipe.loader.exec_module(module)
-        output = run_rl(module.METHOD, given, training, start)
+    output = run_exact(given, training, start) if method == "exact" else run_rl(RUNS[method], given, training, start)
     report = json.loads((output / "recllm.json").read_text())
     assert report["method"] == method
     assert report["rl"]["steps"] == 2

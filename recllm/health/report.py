@@ -51,10 +51,12 @@ COST = {
     "time/old_logps": "old log-probabilities, s",
     "time/reference": "reference, s",
     "time/update": "update, s",
+    "time/other": "rest of a generation, s",
     "actor/active": "answers that train",
     "actor/tokens": "tokens through the update",
     "actor/tokens_per_second": "tokens a second",
     "actor/mfu": "MFU",
+    "memory/peak_gb": "peak memory, GB",
 }
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 24  # blocks of a curve in the terminal

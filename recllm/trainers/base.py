@@ -116,13 +116,16 @@ class RecGRPOTrainer(EvaluatesByDecoding, GRPOTrainer):
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Batch:
         """As TRL's, with batches of whole groups, where TRL shuffles single answers."""
         if self._step % self._every == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = self._restored or self._generation(generation_batch)
+            with self.health.rest("other"):
+                self._buffered_inputs = self._restored or self._generation(generation_batch)
             self._restored = None
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generation(self, inputs: list[dict[str, Any]]) -> list[Batch]:
         groups = self._answered(inputs[:: self.num_generations], 0)
         self.health.all_shares(group_figures(groups.rewards, groups.hits, groups.named, groups.codes))
+        answers = groups.rollouts.answers
+        self.health.share("rollout/length", sum(map(len, answers)), len(answers))
         groups = self._refilled(groups)
         signal = self.build_signal(groups)
         if self.args.keep_zero_signal:
@@ -205,7 +208,7 @@ class RecGRPOTrainer(EvaluatesByDecoding, GRPOTrainer):
     def _other_prompts(self, count: int, attempt: int) -> list[dict[str, Any]]:
         """Of the whole data, drawn for all processes together."""
         generator = generator_of(self.args.seed, "other prompts", self._step // self._every, attempt)
-        drawn = torch.randint(len(self.train_dataset), (count * self.accelerator.num_processes,), generator=generator)
+        drawn = torch.randperm(len(self.train_dataset), generator=generator)
         start = self.accelerator.process_index * count
         return [self.train_dataset[place] for place in drawn[start : start + count].tolist()]
 
@@ -294,10 +297,8 @@ class RecGRPOTrainer(EvaluatesByDecoding, GRPOTrainer):
         return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        start, busy = self.health.now(), self.health.busy
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.health.seconds["update"] += self.health.now() - start - (self.health.busy - busy)
-        return loss
+        with self.health.rest("update"):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if any(name.startswith("eval_") for name in logs):  # TRL would move the training's figures there

@@ -72,7 +72,8 @@ def actor_batch(
     }
     if rollouts.logps is not None:
         logps = [rollouts.logps[row] for row in rows] + [[] for _ in inert]
-        batch["sampling_per_token_logps"] = padded(logps, 0.0, width=longest)
+        # What vLLM did not draw has none: TRL takes nan for no evidence.
+        batch["sampling_per_token_logps"] = padded(logps, 0.0, width=longest).masked_fill(batch["free"] == 0, torch.nan)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

@@ -44,7 +44,9 @@ class RecConfig:
                 raise UserError(f"early_stopping_patience must be at least 1, got {self.early_stopping_patience}")
             self.load_best_model_at_end = True
             self.restore_callback_states_from_checkpoint = True  # or patience would start anew
-        if self.load_best_model_at_end:
+        if self.load_best_model_at_end:  # a best step that was not saved could not be loaded
+            if self.eval_strategy == "steps":
+                self.eval_steps = self.eval_steps or self.logging_steps  # as Trainer would, only later
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
         if self.validation_beams < 10:
             raise UserError(f"validation_beams must be at least 10 for Recall@10, got {self.validation_beams}")

@@ -30,7 +30,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from recllm.actor import AnswerRows
 from recllm.checkpoint import Checkpoint
@@ -189,6 +189,7 @@ class ExactTrainer(EvaluatesByDecoding, Trainer):
         self.scorer.install(model)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
+            disable_dropout_in_model(model)  # LoRA's would give the exact gradient a variance
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
         super().__init__(
@@ -249,10 +250,8 @@ class ExactTrainer(EvaluatesByDecoding, Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         if not self.health.amounts:  # the first since a log, or since a kill
             self.health.steps = self.state.global_step
-        start, busy = self.health.now(), self.health.busy
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.health.seconds["update"] += self.health.now() - start - (self.health.busy - busy)
-        return loss
+        with self.health.rest("update"):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if any(name.startswith("eval_") for name in logs):  # between two lines of the health log

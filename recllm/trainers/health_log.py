@@ -30,6 +30,15 @@ class HealthLog:
         finally:
             self.seconds[name] += self.now() - start
 
+    @contextlib.contextmanager
+    def rest(self, name: str) -> Iterator[None]:
+        """What of this time is no phase that was named inside."""
+        start, busy = self.now(), self.busy
+        try:
+            yield
+        finally:
+            self.seconds[name] += self.now() - start - (self.busy - busy)
+
     def now(self) -> float:
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)  # a phase ends when its kernels have run

@@ -60,6 +60,13 @@ class ReCastSettings(RecGRPOConfig):
                 "expected leaves nothing to repair, and contrasts chains by 1 and -λ",
                 fix="contrast: boundary and boundary_advantages: unit, or recipes/grpo.py and recipes/srpo.py",
             )
+        if not self.expected and (self.rewards != ["hit"] or self.reward_weights):
+            raise UserError(
+                f"rewards {', '.join(self.rewards)}: ReCast's is the hit, and a structural score orders the misses",
+                fix="leave rewards and reward_weights out; boundary_advantages: srpo weighs by the prefix",
+            )
+        if self.boundary_weight != 1 and (self.contrast == "group" or self.boundary_advantages == "srpo"):
+            raise UserError("boundary_weight is of the unit boundary alone", fix="leave it out")
         if self.refill_tries:
             raise UserError("refill_tries replaces the groups that ReCast repairs", fix="refill_tries: 0")
 
@@ -74,7 +81,7 @@ class ReCast(RecGRPOTrainer):
         if isinstance(groups, ExpectedGroups):  # nothing is to be repaired
             advantages, active = boundary_of_expectations(groups, self.args.boundary_weight)
             return Signal(advantages, active, of_target=groups.weights.float())
-        hits = groups.hits.float()
+        hits = self.right(groups).float()
         scores = structural_score(groups.codes.unsqueeze(2), groups.targets)
         repair = self.to_repair(groups)
         if self.args.contrast == "group":
@@ -88,14 +95,18 @@ class ReCast(RecGRPOTrainer):
             advantages = signal.advantages
             if self.args.boundary_advantages == "srpo":
                 advantages = self.srpo(groups, signal.replaced) * signal.active
-            # An anchor without a miss beside it, in a group of one answer, is not asked for.
-            found = Signal(advantages, signal.active, signal.replaced.where(signal.active.any(dim=1), -1))
+            found = Signal(advantages, signal.active, signal.replaced)
         self.health.share("recast/repaired", (found.replaced >= 0).sum(), len(hits))
         return found
 
+    def right(self, groups: RolloutGroups) -> Tensor:
+        """Hits, but for those that the gate took their reward from. (P, G) bool"""
+        return groups.hits & (groups.rewards > 0)
+
     def to_repair(self, groups: RolloutGroups) -> Tensor:
         """Of the groups without a hit, which are given one. (P,) bool"""
-        natural = groups.hits.any(dim=1) & ~groups.hits.all(dim=1)
+        right = self.right(groups)
+        natural = right.any(dim=1) & ~right.all(dim=1)
         if self.args.repair != "adaptive":
             return torch.full_like(natural, self.args.repair == "always")
         chance = adaptive_repair_probability(self.running.get("trainable_share", 0.0))

@@ -84,6 +84,8 @@ class RecGRPOConfig(RecConfig, GRPOConfig):
                 raise UserError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.reward_beta <= 0:
             raise UserError(f"reward_beta must be above 0, got {self.reward_beta}")
+        if {"dcg", "rank"} & set(self.rewards) and self.sampling != "beams":
+            raise UserError("dcg and rank look at the places of beams", fix="sampling: beams, or rewards: [hit]")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise UserError(
                 f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards", fix="one weight a reward"
@@ -111,6 +113,7 @@ class RecGRPOConfig(RecConfig, GRPOConfig):
                 "cache_implementation": self.cache_implementation is not None,
                 "use_transformers_continuous_batching": self.use_transformers_continuous_batching,
                 "num_generations_eval": self.num_generations_eval is not None,
+                "cast_lm_head_to_fp32": self.cast_lm_head_to_fp32,
                 "router_aux_loss_coef": bool(self.router_aux_loss_coef),
                 "eval_on_start": self.eval_on_start and not self.validation_users,
             }

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
+from transformers import Trainer
 from transformers.trainer_utils import set_seed
 from trl import ModelConfig
 
@@ -17,17 +18,18 @@ from recllm.catalogue import Catalogue
 from recllm.checkpoint import TABLE, Checkpoint
 from recllm.errors import UserError
 from recllm.evaluation.validation import Validation
+from recllm.files import sha256_file
 from recllm.hub import CARD
 from recllm.launch import console
 from recllm.mixtures.targets import TargetsConfig, rl_prompts
 from recllm.models.attention import use_fp32_attention
 from recllm.pretrained import quiet
-from recllm.processes import Processes, processes
+from recllm.processes import processes
 from recllm.publish import finish
 from recllm.rewards import reward_functions
 from recllm.settings import plain
 from recllm.trainers.adapters import lora_of
-from recllm.trainers.base import RecGRPOTrainer
+from recllm.trainers.config import RecConfig
 from recllm.trainers.rl_config import RecGRPOConfig
 from recllm.trainers.rollouts import RolloutSettings, RolloutSource
 from recllm.trainers.run import PLACES, Run, is_checkpoint, save, shapes_of, spread
@@ -43,22 +45,61 @@ class RLData(TargetsConfig):
 
 @dataclass(frozen=True)
 class Method:
-    """Which trainer, and what a checkpoint of it says about itself."""
+    """Which trainer, what a checkpoint of it says about itself, and what its data has to be.
+
+    This is what methods that draw answers have in common; `exact_run.Exact` draws none.
+    """
 
     name: str  # in recllm.json
-    trainer: type[RecGRPOTrainer]
+    trainer: type[Trainer]
     papers: tuple[str, ...]
 
+    def check(self, data: RLData, training: RecGRPOConfig) -> None:
+        if training.use_vllm and data.mode == "direct":
+            raise UserError(
+                "vLLM writes chains of thought; items come from the engine", fix="use_vllm: false, or --mode reason"
+            )
+        if training.expected and data.mode == "direct":
+            raise UserError(
+                "of direct answers the expectation needs no rollouts", fix="recipes/exact.py, or --mode reason or joint"
+            )
+        if training.sampling != "samples" and data.mode != "direct":
+            raise UserError(f"sampling {training.sampling} is of direct answers alone", fix="--mode direct, or samples")
 
-def run_rl(method: Method, data: RLData, training: RecGRPOConfig, model: ModelConfig) -> Path | None:
+    def rows_at_a_time(self, training: RecGRPOConfig) -> int:
+        """Prompts that a step generates answers for."""
+        return training.generation_batch_size // training.num_generations
+
+    def new_tokens(self, data: RLData, training: RecGRPOConfig, levels: int) -> int:
+        """That an answer may add to a prompt."""
+        return levels + (0 if data.mode == "direct" else training.max_completion_length)
+
+    def trainer_of(
+        self, run: Run, data: RLData, start: Checkpoint, training: RecGRPOConfig, prompts: Dataset,
+        validation: Validation | None,
+    ) -> Trainer:  # fmt: skip
+        how = RolloutSettings(training.sampling, training.temperature, training.top_p, training.max_completion_length)
+        source = RolloutSource.of(start, how)
+        source.check(set(prompts["mode"]), training.num_generations)
+        rewards = reward_functions(
+            training.rewards, training.reward_beta, training.reward_sasrec, data.data, start.table, training.reward_gate
+        )
+        return self.trainer(
+            start, training, prompts, source, rewards, validation, peft_config=lora_of(start.model, run.model)
+        )
+
+
+def run_rl(method: Method, data: RLData, training: RecConfig, model: ModelConfig) -> Path | None:
     """Train into `output_dir`, or leave it when the same was trained there. Killed and run again, it goes on.
 
     The folder on the first process, None on the others.
     """
     check(data, training, model)
+    method.check(data, training)
     with processes() as group:
         catalogue = Catalogue.load(data.data)
-        run = run_of(method, data, training, model, group, catalogue)
+        content = [method.name, catalogue.fingerprint, repr(sorted(vars(data).items() - {("data", data.data)}))]
+        run = Run.of("rl", training, model, group, None, *content, *scorer_of(training))
         if run.done():
             if group.first:
                 console.print(f"{run.output} is trained already, from the same data with the same settings.")
@@ -77,53 +118,25 @@ def run_rl(method: Method, data: RLData, training: RecGRPOConfig, model: ModelCo
         return run.output
 
 
-def check(data: RLData, training: RecGRPOConfig, model: ModelConfig) -> None:
+def check(data: RLData, training: RecConfig, model: ModelConfig) -> None:
     """What would fail or mean nothing after an hour is said now."""
     if not training.output_dir or training.output_dir == "trainer_output":
         raise UserError("output_dir is not set", fix="--output_dir FOLDER for the trained checkpoint")
-    if model.model_name_or_path and Path(model.model_name_or_path).exists() and not is_checkpoint(
-        model.model_name_or_path
-    ):  # fmt: skip
-        raise UserError(
-            f"holds no {TABLE}: the model knows no items",
-            file=model.model_name_or_path,
-            fix="train it with recipes/sft.py",
-        )
-    layout = spread(training)
-    if layout == "sharded":
-        if training.validation_users:
-            raise UserError(
-                "a sharded model (ZeRO-3, FSDP) cannot be decoded for validation",
-                fix="validation_users: 0, and eval/evaluate.py on the finished checkpoint",
-            )
+    folder = model.model_name_or_path
+    if folder and Path(folder).exists() and not is_checkpoint(folder):
+        raise UserError(f"holds no {TABLE}: the model knows no items", file=folder, fix="train it with recipes/sft.py")
+    if spread(training) == "sharded":
         raise UserError(
             "answers are constrained by the engine, which needs whole weights on each process",
-            fix="ZeRO-2 or DDP (recipes/accelerate), with LoRA or gradient_checkpointing where memory is short",
+            fix="ZeRO-2, or DDP with LoRA (recipes/accelerate); gradient_checkpointing where memory is short",
         )
-    if training.use_vllm and data.mode == "direct":
-        raise UserError(
-            "vLLM writes chains of thought; items come from the engine", fix="use_vllm: false, or --mode reason"
-        )
-    if training.expected and data.mode == "direct":
-        raise UserError(
-            "of direct answers the expectation needs no rollouts", fix="recipes/exact.py, or --mode reason or joint"
-        )
-    if training.sampling != "samples" and data.mode != "direct":
-        raise UserError(f"sampling {training.sampling} is of direct answers alone", fix="--mode direct, or samples")
-
-
-def run_of(
-    method: Method, data: RLData, training: RecGRPOConfig, model: ModelConfig, group: Processes, catalogue: Catalogue
-) -> Run:  # fmt: skip
-    content = [method.name, catalogue.fingerprint, repr(sorted(vars(data).items() - {("data", data.data)}))]
-    return Run.of("rl", training, model, group, None, *map(str, content))
 
 
 def train(run: Run, method: Method, data: RLData, catalogue: Catalogue) -> None:
     settings = plain(settings_of(run, data))  # now: making a config resets accelerate's state, which saving needs
     start = run.start()
     shapes = shapes_of(start)
-    prompts = prompts_of(run, data, start, catalogue)
+    prompts = prompts_of(run, method, data, start, catalogue)
     validation = None
     if run.training.validation_users:
         users, beams = run.training.validation_users, run.training.validation_beams
@@ -153,26 +166,31 @@ def without_nan(entry: dict) -> dict:
     return {name: value if finite[name] else None for name, value in entry.items()}
 
 
-def prompts_of(run: Run, data: RLData, start: Checkpoint, catalogue: Catalogue) -> Dataset:
-    training = run.training
+def scorer_of(training: RecConfig) -> list[str]:
+    """Which SASRec rewards answers, by its weights: one that was trained anew makes another model."""
+    folder = getattr(training, "reward_sasrec", None)
+    return [sha256_file(path) for path in sorted(Path(folder).glob("*.safetensors"))] if folder else []
+
+
+def prompts_of(run: Run, method: Method, data: RLData, start: Checkpoint, catalogue: Catalogue) -> Dataset:
     prompts = rl_prompts(
-        catalogue, start, which=data.rl_targets, mode=data.mode, limit=data.limit, seed=training.seed,
-        new_tokens=start.table.levels + (0 if data.mode == "direct" else training.max_completion_length),
+        catalogue, start, which=data.rl_targets, mode=data.mode, limit=data.limit, seed=run.training.seed,
+        new_tokens=method.new_tokens(data, run.training, start.table.levels),
     )  # fmt: skip
-    at_a_time = training.generation_batch_size // training.num_generations
+    at_a_time = method.rows_at_a_time(run.training)
     if len(prompts) < at_a_time:
         raise UserError(
-            f"{len(prompts)} prompts are fewer than the {at_a_time} that a step generates answers for",
-            fix="a smaller batch (per_device_train_batch_size, steps_per_generation), or rl_targets: all",
+            f"{len(prompts)} prompts are fewer than the {at_a_time} of one step",
+            fix="a smaller batch (per_device_train_batch_size, accumulation, steps_per_generation), or rl_targets: all",
         )
     if run.group.first:
-        console.print(f"{len(prompts):,} prompts, {training.num_generations} answers to each", highlight=False)
+        console.print(f"{len(prompts):,} prompts, {at_a_time:,} at a time", highlight=False)
     return prompts
 
 
 def trainer_of(
     run: Run, method: Method, data: RLData, start: Checkpoint, prompts: Dataset, validation: Validation | None
-) -> RecGRPOTrainer:  # fmt: skip
+) -> Trainer:  # fmt: skip
     training = copy.copy(run.training)
     training.output_dir = str(run.work / "steps")
     training.push_to_hub, training.hub_token = False, None  # the finished checkpoint is pushed, not every step's
@@ -181,16 +199,7 @@ def trainer_of(
     set_seed(training.seed)  # LoRA draws its matrices
     if training.bf16 and training.use_cpu:
         use_fp32_attention(start.model)  # its backward in bf16 is slower there than all matrix products
-    source = RolloutSource.of(
-        start, RolloutSettings(training.sampling, training.temperature, training.top_p, training.max_completion_length)
-    )
-    source.check(set(prompts["mode"]), training.num_generations)
-    rewards = reward_functions(
-        training.rewards, training.reward_beta, training.reward_sasrec, data.data, start.table, training.reward_gate
-    )
-    return method.trainer(
-        start, training, prompts, source, rewards, validation, peft_config=lora_of(start.model, run.model)
-    )
+    return method.trainer_of(run, data, start, training, prompts, validation)
 
 
 def settings_of(run: Run, data: RLData) -> dict:

@@ -54,6 +54,8 @@ class RolloutSettings:
         if not isinstance(self.max_new_tokens, int):
             raise UserError(f"max_new_tokens must be a whole number, got {self.max_new_tokens!r}")
         check_normaliser(self.normaliser)
+        if self.sampling == "distinct" and self.top_p < 1:
+            raise UserError(f"top_p {self.top_p} may leave fewer items than are to be distinct", fix="top_p: 1")
         _ = self.of_chains  # refuses the rest
 
     @property
@@ -147,13 +149,7 @@ class RolloutSource:
                 prompts, answers, temperature=how.temperature, top_p=how.top_p, seed=seed, keys=keys,
                 replacement=how.sampling == "samples",
             )  # fmt: skip
-        if (found.rows < 0).any():
-            fewest = int((found.rows >= 0).sum(dim=1).min())
-            raise UserError(
-                f"top_p {how.top_p} leaves {fewest} items to draw from, fewer than the {answers} different ones of "
-                "num_generations",
-                fix="a higher top_p, sampling: samples, or a lower num_generations",
-            )
+        assert bool((found.rows >= 0).all()), "there are as many items as answers (_check)"
         codes = found.codes.flatten(0, 1)  # (R, L)
         ids = [self._ids_of(some) for some in codes.tolist()]
         logps = None

@@ -205,6 +205,9 @@ def test_certain_and_impossible_targets_move_nothing_and_break_nothing():
     for name, found in expectations(logps, torch.tensor([2, 2, 1, 2]), 64, 0.5).items():
         weights = found.over_std()
         assert weights.isfinite().all()
+        if name == "log":  # supervised training's: 1 whatever the probability
+            assert weights.tolist() == [[1, 1], [1, 1], [1, 0], [1, 1]]
+            continue
         assert not weights[0].any()
         assert weights[1, 1] < 1e-20
         assert weights[2, 0] > 0
@@ -320,11 +323,11 @@ import os, sys
 from transformers import TrainerCallback
 from trl import ModelConfig
 from recllm import launch
-from recllm.trainers import exact_run
+from recllm.trainers import exact_run, rl_run
 from recllm.trainers.exact import ExactConfig
 from recllm.trainers.paths import kl_divergence
 from recllm.trainers.rl_run import RLData
-make = exact_run.trainer_of
+make = rl_run.trainer_of
 class Stops(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if str(state.global_step) == os.environ.get("STOP_AT"):
@@ -334,7 +337,7 @@ def told(*args):
     print("RUNS", trainer.accelerator.num_processes, flush=True)
     trainer.add_callback(Stops())
     return trainer
-exact_run.trainer_of = told
+rl_run.trainer_of = told
 launch.run(exact_run.run_exact, RLData, ExactConfig, ModelConfig)
 """
 

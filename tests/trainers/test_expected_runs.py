@@ -56,6 +56,6 @@ def test_what_is_refused(reasons, tmp_path):
     with pytest.raises(UserError, match=r"recipes/exact\.py"):
         run(reasons, tmp_path / "out", "grpo", "direct")
     with pytest.raises(UserError, match="expected needs one of the rewards"):
-        run(reasons, tmp_path / "out", "grpo", "reason", rewards=["dcg"])
+        run(reasons, tmp_path / "out", "grpo", "reason", rewards=["format"])
     with pytest.raises(UserError, match="leaves nothing to repair"):
         run(reasons, tmp_path / "out", "recast", "reason", contrast="group")

@@ -249,9 +249,7 @@ def test_an_anchor_has_old_and_reference_log_probs_of_its_own(made, tmp_path):
         assert torch.allclose(batch[name], expected, atol=1e-4), name
     assert torch.equal(seen[1]["old_per_token_logps"], batch["old_per_token_logps"])
     assert losses_of(trainer)[0] == pytest.approx(0.0, abs=1e-6)  # 1 and -1, and both ratios are 1
-    anchors = batch["advantages"] == 1
-    assert not batch["sampling_per_token_logps"][anchors].any()
-    assert (batch["sampling_per_token_logps"][~anchors] * batch["completion_mask"][~anchors]).any()
+    assert batch["sampling_per_token_logps"].isnan().all()  # the engine drew these: no other sampler is to be corrected
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ CASES = [
     ({"generation_batch_size": 10}, "does not divide the 10 answers"),
     ({"generation_batch_size": 12}, "generation_batch_size"),
     ({"generation_batch_size": 16, "steps_per_generation": 2}, "generation_batch_size"),
-    ({"per_device_train_batch_size": 400}, "72 prompts are fewer than the 100 that a step generates answers for"),
+    ({"per_device_train_batch_size": 400}, "72 prompts are fewer than the 100 of one step"),
     ({"limit": 1}, "1 prompts are fewer than the 2"),
     ({"limit": 0}, "limit is 0"),
     # rollouts
@@ -82,7 +82,7 @@ CASES = [
     ({"max_completion_length": -5}, "max_new_tokens must be at least 1, got -5"),
     ({"sampling": "distinct", "num_generations": 16, "per_device_train_batch_size": 16}, "above the 13 items"),
     ({"sampling": "beams", "num_generations": 16, "per_device_train_batch_size": 16}, "above the 13 items"),
-    ({"sampling": "distinct", "top_p": 0.01}, "fewer than the 4 different ones"),
+    ({"sampling": "distinct", "top_p": 0.01}, "may leave fewer items than are to be distinct"),
     ({"use_vllm": True}, "vLLM writes chains of thought"),
     # rewards and losses
     ({"rewards": ["hits"]}, "did you mean 'hit'"),
