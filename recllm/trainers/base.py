@@ -35,7 +35,7 @@ from recllm.files import read_object, write_json
 from recllm.health import group_figures
 from recllm.trainers.batches import (
     Batch,
-    Layout,
+    Batching,
     actor_batch,
     load_batches,
     rows_of,
@@ -46,7 +46,7 @@ from recllm.trainers.batches import (
 from recllm.trainers.callbacks import add_callbacks
 from recllm.trainers.expected import expectation_of, path_logps, taught
 from recllm.trainers.groups import RolloutGroups, Signal
-from recllm.trainers.health_log import HealthLog
+from recllm.trainers.health_log import HealthLog, LogsHealth
 from recllm.trainers.importance import importance_ratio
 from recllm.trainers.prompt_sampler import PromptSampler
 from recllm.trainers.rl_config import RecGRPOConfig
@@ -59,7 +59,7 @@ OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses that are a mean over 
 MISLEADING = ("clipped_ratio", "mean_terminated_length", "min_terminated_length", "max_terminated_length")
 
 
-class RecGRPOTrainer(EvaluatesByDecoding, GRPOTrainer):
+class RecGRPOTrainer(LogsHealth, EvaluatesByDecoding, GRPOTrainer):
     """A method of a paper overrides `build_signal`."""
 
     _tag_names: ClassVar = ["trl", "grpo", "recllm"]
@@ -87,8 +87,7 @@ class RecGRPOTrainer(EvaluatesByDecoding, GRPOTrainer):
         for model in (policy, self.ref_model):
             if model is not None:
                 self.scorer.install(self.accelerator.unwrap_model(model))  # DeepSpeed has wrapped the reference by now
-        embeddings = policy.get_input_embeddings().weight.numel()
-        self.health = HealthLog(self.accelerator, sum(each.numel() for each in policy.parameters()) - embeddings)
+        self.health = HealthLog.of(self.accelerator, policy)
         self.running: dict[str, float] = {}  # what a method remembers from step to step; saved with the steps
         self._answering = False  # TRL's method runs, for its rollouts and rewards alone
         self._restored: list[Batch] | None = None
@@ -229,12 +228,12 @@ class RecGRPOTrainer(EvaluatesByDecoding, GRPOTrainer):
         """The S batches of a generation, equally wide on every process."""
         args, device = self.args, self.accelerator.device
         rollouts, drawn = with_anchors(groups, signal, self.source.anchor)
-        layout = Layout.of(signal.active, args.steps_per_generation)
-        everywhere = gather_object([layout.widths])
+        batching = Batching.of(signal.active, args.steps_per_generation)
+        everywhere = gather_object([batching.widths])
         widths = [max(1, *some) for some in zip(*everywhere)]
         batches = [
             actor_batch(rollouts, signal, drawn, rows, width, self._tokenizer.pad_token_id, device)
-            for rows, width in zip(layout.batches, widths)
+            for rows, width in zip(batching.batches, widths)
         ]
         window = min(len(batches), args.gradient_accumulation_steps)
         active = [sum(some) for some in zip(*everywhere)]
@@ -296,16 +295,8 @@ class RecGRPOTrainer(EvaluatesByDecoding, GRPOTrainer):
             self.health.share("ppo_kl", ((inputs["old_per_token_logps"] - self._logps_now) * mask).sum(), mask.sum())
         return loss
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        with self.health.rest("update"):
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if any(name.startswith("eval_") for name in logs):  # TRL would move the training's figures there
-            return super(GRPOTrainer, self).log(logs, start_time)
-        found = self.health.take(self.state.global_step - self.health.steps)
-        self.health.steps = self.state.global_step
-        super().log({**logs, **found}, start_time)
+    def log_evaluation(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super(GRPOTrainer, self).log(logs, start_time)  # TRL would move the training's figures there
 
     # ---- going on after a kill
 
@@ -316,8 +307,7 @@ class RecGRPOTrainer(EvaluatesByDecoding, GRPOTrainer):
         if self._step % self._every:
             save_batches(self._buffered_inputs, folder / IN_USE.format(self.accelerator.process_index))
         if self.accelerator.is_main_process:
-            state = {"step": self._step, "optimizer_step": self.state.global_step, "running": self.running}
-            write_json(folder / STATE, state)
+            write_json(folder / STATE, {"step": self._step, "running": self.running})
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -326,7 +316,6 @@ class RecGRPOTrainer(EvaluatesByDecoding, GRPOTrainer):
             return
         state = read_object(Path(checkpoint) / STATE)
         self._step, self.running = state["step"], state["running"]
-        self.health.steps = state["optimizer_step"]  # an epoch's last one may have accumulated less
         if self._step % self._every:
             kept = Path(checkpoint) / IN_USE.format(self.accelerator.process_index)
             self._restored = load_batches(kept, self.accelerator.device)

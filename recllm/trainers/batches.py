@@ -24,13 +24,13 @@ Anchor = Callable[[Mapping, list[int], int], tuple[list[int], int]]  # row, answ
 
 
 @dataclass(frozen=True)
-class Layout:
+class Batching:
     """Which answers go into which of S batches: a list of rows each, all of one group in one batch where possible."""
 
     batches: list[list[int]]
 
     @classmethod
-    def of(cls, active: Tensor, count: int) -> "Layout":
+    def of(cls, active: Tensor, count: int) -> "Batching":
         """Groups that train are spread evenly, whole; only where there are fewer than batches are they cut. (P, G)"""
         group = active.size(1)
         rows = [[place * group + row for row in of_group.nonzero().flatten().tolist()]

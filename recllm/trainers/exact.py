@@ -46,7 +46,7 @@ from recllm.objectives.exact import (
 from recllm.trainers.batches import Batch, rows_of
 from recllm.trainers.callbacks import add_callbacks
 from recllm.trainers.config import RecConfig
-from recllm.trainers.health_log import HealthLog
+from recllm.trainers.health_log import HealthLog, LogsHealth
 from recllm.trainers.paths import LevelLogps, PathCollator, PathScorer, PathScores, path_kl
 from recllm.trainers.prompt_sampler import PromptSampler
 from recllm.trie import SemanticIdTrie
@@ -167,7 +167,7 @@ def with_gradient(value: Tensor, weights: Tensor, path_logps: Tensor) -> Tensor:
 # ---- the trainer
 
 
-class ExactTrainer(EvaluatesByDecoding, Trainer):
+class ExactTrainer(LogsHealth, EvaluatesByDecoding, Trainer):
     """Only the loss, the order of the batches and the evaluation differ from the Trainer."""
 
     _tag_names: ClassVar = ["trl", "exact", "recllm"]
@@ -199,8 +199,7 @@ class ExactTrainer(EvaluatesByDecoding, Trainer):
             processing_class=checkpoint.tokenizer, callbacks=callbacks,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch's targets: accumulation averages
-        embeddings = model.get_input_embeddings().weight.numel()
-        self.health = HealthLog(self.accelerator, sum(each.numel() for each in model.parameters()) - embeddings)
+        self.health = HealthLog.of(self.accelerator, model)
         add_callbacks(self)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> PromptSampler:
@@ -246,16 +245,3 @@ class ExactTrainer(EvaluatesByDecoding, Trainer):
         for name, values in means.items():
             self.health.share(name, values.sum(), len(lengths))
         self.health.share("entropy", entropies.sum(), lengths.sum())
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        if not self.health.amounts:  # the first since a log, or since a kill
-            self.health.steps = self.state.global_step
-        with self.health.rest("update"):
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if any(name.startswith("eval_") for name in logs):  # between two lines of the health log
-            return super().log(logs, start_time)
-        found = self.health.take(self.state.global_step - self.health.steps)
-        self.health.steps = self.state.global_step
-        return super().log({**logs, **found}, start_time)

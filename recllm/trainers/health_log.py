@@ -20,7 +20,12 @@ class HealthLog:
         self.seconds: dict[str, float] = defaultdict(float)
         self.shares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self.amounts: dict[str, float] = defaultdict(float)
-        self.steps = 0  # that have been logged
+        self.steps = 0  # of the optimizer when the sums began
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, model: torch.nn.Module) -> "HealthLog":
+        embeddings = model.get_input_embeddings().weight.numel()
+        return cls(accelerator, sum(each.numel() for each in model.parameters()) - embeddings)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -63,7 +68,7 @@ class HealthLog:
 
     def take(self, steps: int) -> dict[str, float]:
         """What has come together since the last call, `steps` steps of the optimizer ago; every process calls."""
-        if not steps:
+        if not steps or not self.seconds:
             return {}
         names = sorted(self.shares)
         sums = [*(part for name in names for part in self.shares[name]), *self.amounts.values()]
@@ -91,3 +96,24 @@ class HealthLog:
                 seconds * peak * self.accelerator.num_processes
             )
         return speed
+
+
+class LogsHealth:
+    """For a Trainer, first of its bases: `health` goes into each line of its log."""
+
+    health: HealthLog
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        if not self.health.seconds:  # the first since a line of the log, or since a kill
+            self.health.steps = self.state.global_step
+        with self.health.rest("update"):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if any(name.startswith("eval_") for name in logs):
+            return self.log_evaluation(logs, start_time)
+        return super().log({**logs, **self.health.take(self.state.global_step - self.health.steps)}, start_time)
+
+    def log_evaluation(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Between two lines of the training's."""
+        super().log(logs, start_time)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import GRPOConfig
 
-from recllm.trainers.batches import Layout, actor_batch, padded, rows_of, scales, with_anchors
+from recllm.trainers.batches import Batching, actor_batch, padded, rows_of, scales, with_anchors
 from recllm.trainers.groups import RolloutGroups, Rollouts, Signal
 from recllm.trainers.importance import importance_ratio
 from recllm.trainers.prompt_sampler import PromptSampler
@@ -32,9 +32,9 @@ def masks(processes=1, least=1, most=6):
 @given(masks(), st.integers(1, 5))
 def test_every_active_answer_is_in_one_batch_and_no_other_is(found, count):
     (active,) = found
-    layout = Layout.of(active, count)
-    assert len(layout.batches) == count
-    rows = [row for batch in layout.batches for row in batch]
+    batching = Batching.of(active, count)
+    assert len(batching.batches) == count
+    rows = [row for batch in batching.batches for row in batch]
     assert sorted(rows) == active.flatten().nonzero().flatten().tolist()
     assert rows == sorted(rows), "the order of prompts is kept, so that a prompt's answers stand side by side"
 
@@ -44,7 +44,7 @@ def test_a_group_stays_in_one_batch_where_there_are_groups_enough(found, count):
     (active,) = found
     group = active.size(1)
     if int(active.any(dim=1).sum()) >= count:
-        of_batches = [{row // group for row in batch} for batch in Layout.of(active, count).batches]
+        of_batches = [{row // group for row in batch} for batch in Batching.of(active, count).batches]
         assert sum(map(len, of_batches)) == len(set().union(*of_batches))
         sizes = [len(groups) for groups in of_batches]
         assert max(sizes) - min(sizes) <= 1
@@ -53,8 +53,8 @@ def test_a_group_stays_in_one_batch_where_there_are_groups_enough(found, count):
 def test_a_lone_group_is_cut_into_as_many_batches_as_there_are():
     active = torch.zeros(3, 4, dtype=torch.bool)
     active[1] = True
-    assert Layout.of(active, 4).batches == [[4], [5], [6], [7]]
-    assert Layout.of(torch.zeros(2, 4, dtype=torch.bool), 3).batches == [[], [], []]
+    assert Batching.of(active, 4).batches == [[4], [5], [6], [7]]
+    assert Batching.of(torch.zeros(2, 4, dtype=torch.bool), 3).batches == [[], [], []]
 
 
 # ---- the mean over answers that train
@@ -69,7 +69,7 @@ def test_an_update_is_the_mean_over_the_answers_of_its_batches(found, count, acc
     """
     processes, generator = len(found), torch.Generator().manual_seed(seed)
     losses = [torch.randn(active.numel(), generator=generator, dtype=torch.double) for active in found]
-    layouts = [Layout.of(active, count) for active in found]
+    layouts = [Batching.of(active, count) for active in found]
     widths = [max(1, *some) for some in zip(*(layout.widths for layout in layouts))]
     active = [sum(some) for some in zip(*(layout.widths for layout in layouts))]
     window = min(count, accumulation)
@@ -130,9 +130,10 @@ def test_answers_stand_behind_their_prompts_and_the_rest_is_inert():
     assert batch["completion_ids"].tolist()[:3] == [[11, 12, 0], [11, 14, 0], [15, 16, 11]]
     assert batch["completion_mask"].tolist() == [[1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 0]]
     assert batch["advantages"].tolist()[:3] == [0.0, 2.0, 3.0]
-    assert batch["sampling_per_token_logps"].tolist() == [[-1, -1, 0], [-1, -1, 0], [-1.5] * 3, [0] * 3, [0] * 3]
     # Text that the policy wrote itself; not codes, and nothing of an injected answer.
     assert batch["free"].tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 0], [0, 0, 0], [0, 0, 0]]
+    sampled = batch["sampling_per_token_logps"]
+    assert sampled.nan_to_num(9).tolist() == [[9, 9, 9], [9, 9, 9], [-1.5, -1.5, 9], [9] * 3, [9] * 3]
     packed = rows_of(batch).packed
     assert packed.rows.tolist() == [0, 1, 2]
     assert packed.group.tolist() == [0, 0, 1]
