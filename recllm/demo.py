@@ -131,9 +131,9 @@ def demo(config: DemoConfig) -> None:
     with stage("8/9  reinforcement learning: SRPO on targets that were kept out of supervised training"):
         sharpened = run_rl(SRPO_RUN, *srpo_settings(config))
     with stage("9/9  evaluation: direct over all users, reasoning over some of them"):
-        for model in ("sft", "srpo"):
-            runs.append(data / f"{model}-direct")
-            evaluate(asking(config, model, "direct"))
+        for name in ("sft", "srpo"):
+            runs.append(data / f"{name}-direct")
+            evaluate(asking(config, name, "direct"))
         reasoned = evaluate(asking(config, "srpo", "reasoning"))
 
     for made in (catalogue_table(catalogue), semantic_ids_table(table), model_table(model), floor_table(data)):
