@@ -60,7 +60,7 @@ SFT = {
 # Few and careful steps: the shop is small, and what sampled answers teach it is soon learnt (docs/rl.md).
 KEPT_OUT = 0.2
 RL = {
-    "num_generations": 16, "per_device_train_batch_size": 16 * 32, "max_steps": 60, "learning_rate": 2e-5,
+    "num_generations": 16, "max_steps": 60, "learning_rate": 2e-5,
     "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "temperature": 1.0, "refill_tries": 1,
     "bf16": False, "validation_users": 0, "report_to": "none",
 }  # fmt: skip
@@ -185,7 +185,11 @@ def sft_settings(config: DemoConfig) -> tuple[SFTData, RecSFTConfig, ModelConfig
 
 def srpo_settings(config: DemoConfig) -> tuple[RLData, SRPOSettings, ModelConfig]:
     data = Path(config.output)
-    training = SRPOSettings(output_dir=str(data / "srpo"), seed=config.seed, overwrite=config.overwrite, **RL)
+    prompts = max(1, min(32, config.users // 60))  # of a step; fewer than are kept out, however small the shop
+    training = SRPOSettings(
+        output_dir=str(data / "srpo"), seed=config.seed, overwrite=config.overwrite,
+        per_device_train_batch_size=prompts * RL["num_generations"], **RL,
+    )  # fmt: skip
     return RLData(data=str(data)), training, ModelConfig(model_name_or_path=str(data / "sft"))
 
 

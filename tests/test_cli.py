@@ -23,11 +23,12 @@ def recllm(*arguments, cwd=None) -> subprocess.CompletedProcess:
 
 def test_the_demo_goes_from_a_log_to_a_model_and_says_what_it_made(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(demos.SFT, "num_train_epochs", 1)  # what it says is asked, not what it learns
+    monkeypatch.setitem(demos.RL, "max_steps", 2)
     monkeypatch.setattr(demos, "REASONED", 5)
     demo(DemoConfig(output=str(tmp_path / "demo"), items=80, users=60))
     said = capsys.readouterr().out
     lines = ("users / items / events", "knowing the history alone", "distinct", "rows", "is now <|a_", "Next,")
-    for line in (*lines, "sft, direct", "the same model by reasoning", "pass@10", "reasoning"):
+    for line in (*lines, "sft, direct", "srpo, direct", "the same model by reasoning", "pass@10", "reasoning"):
         assert line in said
     inspected = recllm("inspect", tmp_path / "demo" / "model")
     assert "semantic IDs" in inspected.stdout
