@@ -26,6 +26,7 @@ INK, GRID, PAPER = "#222222", "#dddddd", "#ffffff"  # the paper is painted, so a
 SMALL, LARGE = 11, 13  # letters of labels, of the title
 LETTER = 0.6  # width of a letter by its size: an upper estimate for most words, since nothing is measured here
 TICKS = 5
+LEAST = 1e-300  # below it a difference of two figures, divided, may be no number any more
 LEGEND_ROW, SAMPLE = 16, 22  # height of a row of the legend; length of a line shown in it
 
 
@@ -162,12 +163,19 @@ def _chart(chart: Chart, width: int, height: int) -> Iterator[str]:
 
 
 def _shown(series: Series, chart: Chart) -> list[tuple[float, float]]:
-    """What has no place on an axis becomes a gap."""
+    """What has no place on an axis becomes a gap; what is as good as nothing stands at 0."""
 
     def fits(value: float, log: bool) -> bool:
-        return 1e-300 < value < 1e300 if log else abs(value) < 1e300
+        return LEAST < value < 1e300 if log else abs(value) < 1e300
 
-    return [(x, y if fits(x, chart.log_x) and fits(y, chart.log_y) else math.nan) for x, y in series.points]
+    return [
+        (_or_zero(x), _or_zero(y) if fits(x, chart.log_x) and fits(y, chart.log_y) else math.nan)
+        for x, y in series.points
+    ]
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if abs(value) < LEAST else value
 
 
 def _drawn(series: Series, number: int, points: Sequence[tuple[float, float]]) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Prepared folders and checkpoints made by hand: a test of a later stage needs no earlier one."""
 
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -116,3 +118,14 @@ def write_mixtures(data: str | Path, law: bool = False) -> tuple[Path, Path]:
         report = {"kind": kind, "semantic_ids": table.fingerprint, "made_of": kind, "prompt": dataclasses.asdict(style)}
         save_mixture(Dataset.from_list(rows, features=FEATURES), report, data / kind)
     return data / "alignment", data / "reasoning"
+
+
+def torchrun(processes: int, *command: object) -> list[str]:
+    """A script and its settings on several processes; on a port that is free, since tests run side by side."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    return list(map(str, [*start, *command]))
+
+
+def succeeded(done: subprocess.CompletedProcess) -> None:
+    """What failed is said before torchrun's own long words about it, which come last."""
+    assert done.returncode == 0, f"{done.stderr[-12_000:-3000]}\n…\n{done.stderr[-3000:]}"

@@ -78,6 +78,12 @@ def test_what_is_no_number_is_a_gap_and_what_a_logarithm_cannot_show_too():
     assert [len(line) for line in lines_of(positive)] == [2]
 
 
+def test_the_smallest_number_there_is_stands_at_0():
+    (dot,) = parts(line_chart("t", "x", "y", [Series("a", [(0, 5e-324)], "dots")]), "circle")[1:]
+    (same,) = parts(line_chart("t", "x", "y", [Series("a", [(0, 0)], "dots")]), "circle")[1:]
+    assert (dot.get("cx"), dot.get("cy")) == (same.get("cx"), same.get("cy"))
+
+
 def test_dots_and_dashes_and_a_colour_shared_by_theory_and_measurement():
     points = [(1, 1), (2, 2), (3, 5)]
     svg = line_chart("t", "x", "y", [Series("theory", points), Series("seen", points, "dots", colour=0)])

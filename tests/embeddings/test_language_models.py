@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import write_catalogue
+from helpers import torchrun, write_catalogue
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -194,7 +194,7 @@ def test_two_processes_under_torchrun_write_what_one_writes(model, tmp_path, mon
     embed(EmbedConfig(str(tmp_path / "one"), encoder="hf", model=model, batch_tokens=64))
     script = tmp_path / "run.py"
     script.write_text(RUN)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    launch = torchrun(2, script)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, str(tmp_path / "two"), model, "0"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

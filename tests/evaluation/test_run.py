@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_catalogue, write_small_model
+from helpers import torchrun, write_catalogue, write_small_model
 
 from recllm.errors import UserError
 from recllm.evaluation.ranking import Ranking
@@ -184,8 +184,8 @@ def test_two_processes_write_the_file_of_one(folders, tmp_path):
         [sys.executable, *command(folders, tmp_path / "one", "16")], env=environment, capture_output=True
     )
     assert alone.returncode == 0, alone.stderr.decode()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
-    both = subprocess.run([*torchrun, *command(folders, tmp_path / "two", "16")], env=environment, capture_output=True)
+    both = torchrun(2, *command(folders, tmp_path / "two", "16"))
+    both = subprocess.run(both, env=environment, capture_output=True)
     assert both.returncode == 0, both.stderr.decode()
     assert b"process 0 of 2" in both.stderr or b"recall@3" in both.stdout
     for name in ("predictions.jsonl", "metrics.json"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_mixtures, write_small_model
+from helpers import succeeded, torchrun, write_mixtures, write_small_model
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -66,25 +66,16 @@ def run(made, output, processes, batch, *more, program="plain", stop_at=None):
         "--validation_users", 12, "--validation_beams", 10, "--report_to", "none", "--eval_strategy", "steps",
         "--eval_steps", 6, "--disable_tqdm", "true", "--use_cpu", "true", *more,
     ]  # fmt: skip
-    start = [sys.executable]
-    if processes > 1:
-        start += [
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            processes,
-            "--master_port",
-            29_000 + os.getpid() % 900,
-        ]
     cpu = "true" if program == "plain" else "false"
     environment = {**os.environ, "ACCELERATE_USE_CPU": cpu, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = list(map(str, [*start, folder / f"{program}.py", *settings]))
+    command = [folder / f"{program}.py", *settings]
+    command = torchrun(processes, *command) if processes > 1 else list(map(str, [sys.executable, *command]))
     if stop_at is not None:
         killed = {**environment, "STOP_AT": str(stop_at)}
         assert subprocess.run(command, env=killed, capture_output=True, timeout=400).returncode
         assert not Path(output).exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeeded(done)
     log = json.loads((Path(output) / "recllm.json").read_text())["sft"]["log"]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     recalls = [entry["eval_recall@10"] for entry in log if "eval_recall@10" in entry]

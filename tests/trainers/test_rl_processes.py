@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_small_model
+from helpers import succeeded, torchrun, write_small_model
 from safetensors.torch import load_file
 from test_processes import SHIM
 from trl import ModelConfig
@@ -84,20 +84,17 @@ def run_here(made, method, output, *more):
 
 def run(made, method, output, *more, processes=2, program="plain", stop_at=None):
     """What it said, its log and its weights; where it is stopped, what it said."""
-    start = [sys.executable]
-    if processes > 1:
-        port = 29_000 + (os.getpid() + 450) % 900
-        start += ["-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", port]
     environment = {
         **os.environ, "ACCELERATE_USE_CPU": "true" if program == "plain" else "false", "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": str(torch.get_num_threads()) if processes == 1 else "1",
     }  # fmt: skip
     if stop_at is not None:
         environment["STOP_AT"] = str(stop_at)
-    command = list(map(str, [*start, made[0] / f"{program}.py", method, *settings_of(made, output, *more)]))
+    command = [made[0] / f"{program}.py", method, *settings_of(made, output, *more)]
+    command = torchrun(processes, *command) if processes > 1 else list(map(str, [sys.executable, *command]))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     if stop_at is None:
-        assert done.returncode == 0, done.stderr[-3000:]
+        succeeded(done)
         return done.stdout, *result(output)
     assert done.returncode == (-signal.SIGKILL if processes == 1 else 1), done.stderr[-3000:]
     assert not Path(output).exists()
