@@ -20,11 +20,13 @@ from recllm.errors import UserError
 from recllm.files import read_object, write_whole
 from recllm.pretrained import DTYPES, load_causal_lm, reason, which_model
 from recllm.prompting import PromptStyle, PromptWriter
+from recllm.reflection import Reflection
 from recllm.semantic_ids import SemanticIdTable
 from recllm.tokenization import ItemTokens
 
 REPORT = "recllm.json"
 REASONING = "reasoning_prompt"  # in recllm.json, of a model that was taught to reason
+REFLECTION = "reflection"  # and of one that was taught to reflect on its drafts
 TABLE = "semantic_ids.json"
 ITEMS = "items.parquet"
 LONG_TEXT = ("description", "reviews")  # not needed to name an item or to filter
@@ -93,6 +95,16 @@ class Checkpoint:
                 "the model was not taught to reason", file=self.name, fix="mode direct, or train it on reasoning data"
             )
         return PromptStyle.read(self.report[REASONING])
+
+    @functools.cached_property
+    def reflection(self) -> Reflection:
+        """What it reflects on; a model that was not taught to is refused."""
+        if REFLECTION not in self.report:
+            raise UserError(
+                "the model was not taught to reflect on its drafts", file=self.name,
+                fix="mode direct, or train it with recipes/grc_sft.py",
+            )  # fmt: skip
+        return Reflection.read(self.report[REFLECTION], self.tokenizer, self.items)
 
     def writer_of(self, style: PromptStyle) -> PromptWriter:
         return PromptWriter(style, self.table, self.tokenizer)
