@@ -106,7 +106,8 @@ def batch(config: BenchmarkConfig, case: Case) -> tuple[AnswerRows, Tensor, np.n
 
 def some_of(rows: AnswerRows, which: Tensor) -> AnswerRows:
     """A new object: nothing that was found out about the batch before is used again."""
-    return AnswerRows(*(getattr(rows, part.name)[which] for part in dataclasses.fields(rows)))
+    names = ("prompt_ids", "prompt_mask", "answer_ids", "answer_mask", "starts")
+    return AnswerRows(*(getattr(rows, name)[which] for name in names))
 
 
 def trl_scores(model: Qwen3ForCausalLM, rows: AnswerRows) -> Tensor:

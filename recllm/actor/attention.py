@@ -83,10 +83,7 @@ def segments_of(packed: Packed, way: str, device: torch.device) -> Segments:
         each = np.bincount(group, minlength=len(prompt))
         repeat = int(each[0]) if (each == each[0]).all() else 0
     answers = Places.of(lengths, device)
-    if way == "row":
-        own = _segment_mask(packed, answers.width)
-    else:
-        own = np.tri(answers.width, dtype=bool)[None]
+    own = _row_mask(packed, answers.width) if way == "row" else _answer_mask(packed, answers.width)
     seen = np.arange(keys) < prompt[:, None]  # (Pg, keys)
     if prompts.take is None:
         seen = seen[:1]
@@ -110,17 +107,42 @@ def segments_of(packed: Packed, way: str, device: torch.device) -> Segments:
     )  # fmt: skip
 
 
-def _segment_mask(packed: Packed, width: int) -> np.ndarray:
-    """Which slots of its row an answer's token sees: those of the same answer, up to itself. (Pg or 1, width, width)"""
-    groups = len(packed.prompt_lengths)
+def _row_mask(packed: Packed, width: int) -> np.ndarray:
+    """Which slots of its row an answer's token sees: those of the same answer that it may. (Pg or 1, width, width)"""
+    lengths, (row, place) = packed.fed_of_group, np.nonzero(packed.fed_places)
     alike = (packed.fed == packed.fed[:1]).all() and (packed.of_group == packed.of_group[:1]).all()
-    if alike:
-        groups = 1
-    segment = np.full((groups, width), -1)
-    for place in range(groups):
-        fed = packed.fed[packed.group == place]
-        segment[place, : fed.sum()] = np.repeat(np.arange(len(fed)), fed)
-    return (segment[:, :, None] == segment[:, None, :]) & np.tri(width, dtype=bool)
+    if alike and (packed.sees is None or _all_same(packed.fed_places)):
+        lengths = lengths[:1]
+        row, place = row[: lengths[0]], place[: lengths[0]]
+    segment = _laid(row, lengths, width)
+    mask = (segment[:, :, None] == segment[:, None, :]) & np.tri(width, dtype=bool)
+    return mask if packed.sees is None else mask & _between(packed.sees, _laid(place, lengths, width))
+
+
+def _answer_mask(packed: Packed, width: int) -> np.ndarray:
+    """The same where each answer has a row to itself. (rows of answers or 1, width, width)"""
+    mask = np.tri(width, dtype=bool)[None]
+    if packed.sees is None:
+        return mask
+    places = packed.fed_places[packed.fed > 0]
+    places = places[:1] if _all_same(places) else places
+    return mask & _between(packed.sees, _laid(np.nonzero(places)[1], places.sum(axis=1), width))
+
+
+def _all_same(rows: np.ndarray) -> bool:
+    return bool((rows == rows[:1]).all())
+
+
+def _laid(values: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+    """Side by side in rows of these lengths, and -1 behind. (rows, width)"""
+    rows = np.full((len(lengths), width), -1)
+    rows[np.arange(width) < lengths[:, None]] = values
+    return rows
+
+
+def _between(sees: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """(C, C), (rows, width) -> (rows, width, width)"""
+    return sees[places[:, :, None], places[:, None, :]]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, dropout: float):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from recllm.actor.attention import Segments, segments_of
 from recllm.actor.rows import AnswerRows, Packed
-from recllm.decoding.branches import backbone
+from recllm.decoding.branches import backbone, plain_attention
 from recllm.errors import UserError
 
 Layout = Literal["auto", "row", "cache", "padded"]
@@ -27,7 +27,7 @@ class Feed:
 
     ids: Tensor  # (rows, tokens)
     positions: Tensor  # (rows, tokens)
-    mask: Tensor | None  # (rows, tokens) of the padded batch; None where nothing is padded
+    mask: Tensor | None  # of the padded batch (rows, tokens), or (rows, 1, tokens, tokens); None: nothing is padded
     segments: Segments | None  # of the flat row
     before: np.ndarray  # (S,) place, in the flattened batch, of the state that predicts each answer token
 
@@ -52,10 +52,11 @@ def flat_feed(packed: Packed, way: str, device: torch.device) -> Feed:
     ends = prompt.cumsum()
     row, place = np.nonzero(packed.fed_places)
     ids = np.concatenate([packed.prompt_tokens, packed.answer_ids[packed.fed_places]])
-    positions = np.concatenate([np.arange(total) - np.repeat(ends - prompt, prompt), prompt[packed.group[row]] + place])
+    own = prompt[packed.group[row]] + packed.form.offsets[place]
+    positions = np.concatenate([np.arange(total) - np.repeat(ends - prompt, prompt), own])
     row, place = packed.token_places
-    begins = total + packed.fed.cumsum() - packed.fed
-    before = np.where(place == 0, ends[packed.group[row]] - 1, begins[row] + place - 1)
+    begins, which = total + packed.fed.cumsum() - packed.fed, packed.form.before[place]
+    before = np.where(which < 0, ends[packed.group[row]] - 1, begins[row] + packed.rank[row, which])
     return Feed(_row(ids, device), _row(positions, device), None, segments_of(packed, way, device), before)
 
 
@@ -65,13 +66,26 @@ def _row(values: np.ndarray, device: torch.device) -> Tensor:
 
 def run(model: PreTrainedModel, feed: Feed) -> Tensor:
     """Hidden states. (rows, tokens, D)"""
-    settings = {"attention_mask": feed.mask}
+    settings = {"attention_mask": feed.mask if feed.mask is None or feed.mask.dim() == 2 else _taken(feed.mask, model)}
     if feed.segments is not None:
         # What the mask would be is in `segments`; one of four dimensions is handed through and none is made.
         nothing = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=feed.ids.device)
         settings = {"attention_mask": nothing, "segments": feed.segments}
     body = backbone(model)
     return body(input_ids=feed.ids, position_ids=feed.positions, use_cache=False, **settings).last_hidden_state
+
+
+def _taken(mask: Tensor, model: PreTrainedModel) -> Tensor:
+    """As the model's attention wants a mask of four dimensions: sdpa true or false, the eager one what is added."""
+    if model.config.get_text_config()._attn_implementation.startswith("sdpa"):
+        return mask
+    return torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, torch.finfo(model.dtype).min)
+
+
+def takes_mask(model: PreTrainedModel) -> bool:
+    """Does its attention heed a mask of our own in the padded batch?"""
+    attention = model.config.get_text_config()._attn_implementation
+    return plain_attention(model) and attention.startswith(("sdpa", "eager"))
 
 
 @torch.no_grad()
@@ -96,18 +110,32 @@ def agree(model: PreTrainedModel) -> bool:
 def padded_feed(packed: Packed, device: torch.device) -> Feed:
     """[padding | prompt | answer | padding] for each answer, without columns that are padding in all."""
     prompt = packed.prompt_lengths
-    left, right = int(prompt.max()), int(packed.fed.max())
+    left, used = int(prompt.max()), np.flatnonzero(packed.used)
     prompts = np.zeros((len(prompt), left), np.int64)
     seen = np.arange(left) >= left - prompt[:, None]
     prompts[seen] = packed.prompt_tokens
-    mask = np.concatenate([seen[packed.group], np.arange(right) < packed.fed[:, None]], axis=1)
-    ids = np.concatenate([prompts[packed.group], packed.answer_ids[:, :right]], axis=1)
+    mask = np.concatenate([seen[packed.group], packed.fed_places[:, used]], axis=1)
+    ids = np.concatenate([prompts[packed.group], packed.answer_ids[:, used]], axis=1)
     positions = (mask.cumsum(axis=1) - 1).clip(min=0)
+    own = prompt[packed.group][:, None] + packed.form.offsets[used]
+    positions[:, left:] = np.where(mask[:, left:], own, positions[:, left:])
     row, place = packed.token_places
-    before = row * (left + right) + left - 1 + place
-    sent = None if mask.all() else torch.from_numpy(mask.astype(np.int64)).to(device)
+    which, column = packed.form.before[place], packed.used.cumsum() - 1
+    before = row * mask.shape[1] + left + np.where(which < 0, -1, column[which])
+    if packed.plain:
+        sent = None if mask.all() else torch.from_numpy(mask.astype(np.int64)).to(device)
+    else:
+        sent = torch.from_numpy(_padded_mask(packed, mask, left)).to(device)
     ids, positions = (torch.from_numpy(part).to(device) for part in (np.where(mask, ids, 0), positions))
     return Feed(ids, positions, sent, None, before)
+
+
+def _padded_mask(packed: Packed, real: np.ndarray, left: int) -> np.ndarray:
+    """What sees what in the padded batch, padding too: itself. (B, tokens) bool -> (B, 1, tokens, tokens) bool"""
+    sees = np.tri(real.shape[1], dtype=bool)
+    if packed.sees is not None:
+        sees[left:, left:] = packed.sees[np.ix_(packed.used, packed.used)]
+    return ((sees & real[:, None, :]) | np.eye(len(sees), dtype=bool))[:, None]
 
 
 def cheapest(packed: Packed, model: PreTrainedModel) -> str:
@@ -118,7 +146,8 @@ def cheapest(packed: Packed, model: PreTrainedModel) -> str:
     others: a prompt, or a padded batch without padding; all under a mask. A mask over one row grows with the square of
     all answers' tokens, which is why long answers are not laid into one; `cache` copies the prompt's keys for each.
     """
-    if len(packed.rows) == len(packed.prompt_lengths) and (packed.prompt_lengths == packed.prompt_lengths[0]).all():
+    alone = len(packed.rows) == len(packed.prompt_lengths) and (packed.prompt_lengths == packed.prompt_lengths[0]).all()
+    if alone and packed.plain:
         return "padded"  # one answer a prompt: nothing is shared
     prompt, keys = packed.prompt_lengths, int(packed.prompt_lengths.max())
     fed, most = packed.fed, int(packed.fed.max())
@@ -127,13 +156,13 @@ def cheapest(packed: Packed, model: PreTrainedModel) -> str:
     flat = linear * (prompt.sum() + fed.sum())
     causal = below * attention * len(prompt) * keys**2 / 2
     queries, rows = int(packed.fed_of_group.max()), int((fed > 0).sum())
-    width = keys + most
-    ragged = (prompt != keys).any() or (fed != most).any()
+    width = keys + int(packed.used.sum())
+    ragged = (prompt != keys).any() or (fed != most).any() or not packed.plain
     pairs = masked * width**2 if ragged else below * width**2 / 2
     costs = {
         "padded": SAVING * (linear * len(fed) * width + attention * len(fed) * pairs),
         "row": flat + causal + masked * attention * len(prompt) * queries * (keys + queries),
-        "cache": flat + causal + rows * width * (masked * attention * most + COPY * copies),
+        "cache": flat + causal + rows * (keys + most) * (masked * attention * most + COPY * copies),
     }
     return min(costs, key=costs.get)
 

@@ -8,6 +8,7 @@ What a token is normalised over:
     text    the whole vocabulary
     codes   by the normaliser: `children`, the codes that an item has after those before it, which is what constrained
             sampling draws from; `level`, every code of the level; `full`, the whole vocabulary
+    labels  of a reflection: the labels of their slot, or by `full` the whole vocabulary
 always of logits / temperature, after what the model itself does to its logits. Loss and gradients are those of the
 padded batch of R rows, whatever the layout.
 """
@@ -25,8 +26,8 @@ from transformers import PreTrainedModel
 
 from recllm.actor.attention import take_segments
 from recllm.actor.head import Finish, Matrix, code_scores, output_matrix, scaled_logits, text_scores
-from recllm.actor.layouts import Feed, Layout, agree, cheapest, check_layout, feed_of, run
-from recllm.actor.rows import AnswerRows
+from recllm.actor.layouts import Feed, Layout, agree, cheapest, check_layout, feed_of, run, takes_mask
+from recllm.actor.rows import AnswerRows, Packed
 from recllm.actor.targets import Targets
 from recllm.decoding.branches import plain_attention
 from recllm.decoding.decoder import without_dropout
@@ -40,7 +41,7 @@ class Batch(NamedTuple):
     layout: str
     feed: Feed
     targets: Targets
-    before: Tensor  # (S,) place of the state that predicts each token, in the targets' order
+    before: Tensor  # (S',) place of the state that predicts each token, in the targets' order
 
 
 class AnswerScorer:
@@ -48,11 +49,13 @@ class AnswerScorer:
 
     layout  auto: the one that costs least (`layouts.cheapest`), and padded where the model's attention cannot be
             split: windows, or another implementation than sdpa
+    labels  token ids of each slot's labels, of a model that reflects
     """
 
     def __init__(
         self, model: PreTrainedModel, tokens: ItemTokens | Sequence[Tensor], trie: SemanticIdTrie, *,
         normaliser: Normaliser = "children", temperature: float = 1.0, layout: Layout = "auto",
+        labels: Sequence[Tensor] = (),
     ):  # fmt: skip
         check_normaliser(normaliser)
         check_layout(layout)
@@ -61,7 +64,7 @@ class AnswerScorer:
         levels = tokens.levels if isinstance(tokens, ItemTokens) else tokens
         if len(levels) != trie.levels or any(len(ids) < size for ids, size in zip(levels, trie.sizes)):
             raise UserError(f"tokens for {[len(ids) for ids in levels]} codes do not fit the index's {trie.sizes}")
-        rows, highest = model.config.get_text_config().vocab_size, max(int(ids.max()) for ids in levels)
+        rows, highest = model.config.get_text_config().vocab_size, max(int(ids.max()) for ids in (*levels, *labels))
         if highest >= rows:
             raise UserError(
                 f"the index needs token {highest:,} and the model has {rows:,} rows",
@@ -69,7 +72,8 @@ class AnswerScorer:
             )
         self.normaliser, self.temperature, self.layout = normaliser, temperature, layout
         self.trie, self.levels = trie.to("cpu"), [ids.cpu() for ids in levels]
-        self.code_of = [_code_of(ids) for ids in self.levels]
+        self.choices = [*self.levels, *(ids.cpu() for ids in labels)]  # what a token of each kind is one of
+        self.code_of = [_code_of(ids) for ids in self.choices]
         self.tokens_run, self.layout_run = 0, ""
         # Found out in a model's first call, when its weights are where its wrappers want them.
         self.splits: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
@@ -96,14 +100,14 @@ class AnswerScorer:
         model.forward = types.MethodType(forward, model)
 
     def score(self, model: PreTrainedModel, rows: AnswerRows, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-        """logps (R, C) and entropies (R, C) or None; 0 where there is no token of an answer."""
+        """logps (R, C) and entropies (R, C) or None; 0 where no token of an answer is, or none that is scored."""
         if model not in self.finish:
             self._look_at(model)
-        if not len(rows.packed.rows):
+        if not rows.packed.asked.any():
             return self._nothing(model, rows, entropy)
         batch = self._batch(model, rows)
         self.tokens_run, self.layout_run = batch.feed.ids.numel(), batch.layout
-        hidden = run(model, batch.feed).flatten(0, 1).index_select(0, batch.before)  # (S, D)
+        hidden = run(model, batch.feed).flatten(0, 1).index_select(0, batch.before)  # (S', D)
         with output_matrix(model) as matrix:
             scores = list(self._scores(self.finish[model], hidden, batch.targets, matrix, entropy))
         logps = self._spread(rows, batch, [part.logps for part in scores])
@@ -113,17 +117,17 @@ class AnswerScorer:
         parts, wanted = hidden.split(targets.counts), targets.wanted.split(targets.counts)
         if targets.counts[0]:
             yield text_scores(parts[0], matrix, wanted[0], self.temperature, finish, entropy)
-        asked = [level for level, count in enumerate(targets.counts[1:]) if count]
+        asked = [kind for kind, count in enumerate(targets.counts[1:]) if count]
         if not asked:
             return
-        ids = [self.levels[level] for level in asked]
+        ids = [self.choices[kind] for kind in asked]
         rows = matrix.rows(torch.cat(ids)).split([len(some) for some in ids])
-        for level, own in zip(asked, rows):
-            logits = scaled_logits(parts[level + 1], own, finish, self.temperature)
-            yield code_scores(logits, wanted[level + 1], targets.allowed[level], entropy)
+        for kind, own in zip(asked, rows):
+            logits = scaled_logits(parts[kind + 1], own, finish, self.temperature)
+            yield code_scores(logits, wanted[kind + 1], targets.allowed[kind], entropy)
 
     def _spread(self, rows: AnswerRows, batch: Batch, parts: list[Tensor]) -> Tensor:
-        """(S,) in the targets' order -> (R, C)"""
+        """(S',) in the targets' order -> (R, C)"""
         found = torch.cat(parts)  # no view comes out: FSDP2's hooks do not see through one
         return found.new_zeros(rows.answer_ids.shape).index_put(batch.targets.places, found)
 
@@ -134,7 +138,8 @@ class AnswerScorer:
         known = self.batches.get(rows)
         if known is not None and known.layout == layout:
             return known
-        device, sizes = rows.answer_ids.device, [len(ids) for ids in self.levels]
+        self._check_form(model, rows.packed, layout)
+        device, sizes = rows.answer_ids.device, [len(ids) for ids in self.choices]
         feed = feed_of(rows.packed, layout, device)
         targets = Targets.of(rows.packed, self.normaliser, self.trie, self.code_of, sizes, device)
         before = torch.from_numpy(feed.before[targets.order]).to(device)
@@ -154,6 +159,22 @@ class AnswerScorer:
                 f"layout {self.layout!r} needs full attention computed by sdpa, which {type(model).__name__} with "
                 f"{attention!r} has not",
                 fix="layout auto or padded",
+            )
+
+    def _check_form(self, model: PreTrainedModel, packed: Packed, layout: str) -> None:
+        kinds = packed.form.kinds
+        if kinds is not None and kinds.max() + 1 != len(self.choices):
+            raise UserError(
+                f"answers of {int(kinds.max()) + 1} levels and slots, and a scorer for {len(self.levels)} levels and "
+                f"{len(self.choices) - len(self.levels)} slots",
+                fix="the template and the labels are those of the model",
+            )
+        if layout == "padded" and not packed.plain and not takes_mask(model):
+            attention = model.config.get_text_config()._attn_implementation
+            raise UserError(
+                f"parallel reflection needs a mask of its own, which {type(model).__name__} with {attention!r} would "
+                "not heed",
+                fix="a template of layout causal, or a model with full attention computed by sdpa",
             )
 
     def _nothing(self, model: PreTrainedModel, rows: AnswerRows, entropy: bool) -> tuple[Tensor, Tensor | None]:

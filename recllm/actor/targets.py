@@ -1,4 +1,4 @@
-"""What each answer token is compared with: text with the vocabulary, a code with codes; in order of kind."""
+"""What each answer token is compared with: text with the vocabulary, codes with codes, labels with their slot's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from recllm.trie import SemanticIdTrie
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """S answer tokens: text first, then the codes of level 0, of level 1, …"""
+    """S' answer tokens, those that are asked about: text, codes of level 0, of level 1, …, labels of slot 0, …"""
 
-    order: np.ndarray  # (S,) which of the tokens, counted answer after answer
-    counts: tuple[int, ...]  # of text, and of each level's codes
-    wanted: Tensor  # (S,) token ids of text, then codes
-    allowed: tuple[Tensor | None, ...]  # of each level (n, V) bool: codes to compare with; None for all
-    places: tuple[Tensor, Tensor]  # (S,), (S,) where in (R, C)
+    order: np.ndarray  # (S',) which of the tokens, counted answer after answer
+    counts: tuple[int, ...]  # of text, of each level's codes, of each slot's labels
+    wanted: Tensor  # (S',) token ids of text, then codes and labels
+    allowed: tuple[Tensor | None, ...]  # of each level or slot (n, V) bool: what to compare with; None for all
+    places: tuple[Tensor, Tensor]  # (S',), (S',) where in (R, C)
 
     @classmethod
     def of(
@@ -28,22 +28,23 @@ class Targets:
         sizes: Sequence[int], device: torch.device,
     ) -> "Targets":  # fmt: skip
         row, place = packed.token_places
-        level = packed.levels_of(trie.levels)
+        kind = packed.kinds_of(trie.levels)
         if normaliser == "full":
-            level = np.full_like(level, -1)
-        wanted = np.where(level < 0, packed.answer_ids[row, place], 0)
-        allowed: list[Tensor | None] = [None] * trie.levels
-        if (level >= 0).any():
-            codes = codes_of_tokens(packed, level, code_of)
-            wanted = np.where(level < 0, wanted, codes)
+            kind = np.full_like(kind, -1)
+        wanted = np.where(kind < 0, packed.answer_ids[row, place], 0)
+        allowed: list[Tensor | None] = [None] * len(sizes)
+        if (kind >= 0).any():
+            codes = codes_of_tokens(packed, kind, code_of, trie.levels)
+            wanted = np.where(kind < 0, wanted, codes)
             if normaliser == "children":
-                for depth, (here, which, children) in enumerate(siblings(packed, level, codes, trie)):
+                for depth, (here, which, children) in enumerate(siblings(packed, kind, codes, trie)):
                     mask = np.zeros((len(here), sizes[depth]), bool)
                     mask[which, children] = True
-                    allowed[depth] = torch.from_numpy(mask).to(device)
-        order = np.argsort(level, kind="stable")
+                    allowed[depth] = torch.from_numpy(mask[packed.asked[here]]).to(device)
+        order = np.flatnonzero(packed.asked)
+        order = order[np.argsort(kind[order], kind="stable")]
         places = tuple(torch.from_numpy(part[order]).to(device) for part in (packed.rows[row], place))
         return cls(
-            order, tuple(np.bincount(level + 1, minlength=trie.levels + 1).tolist()),
+            order, tuple(np.bincount(kind[order] + 1, minlength=len(sizes) + 1).tolist()),
             torch.from_numpy(wanted[order]).to(device), tuple(allowed), places,
         )  # fmt: skip

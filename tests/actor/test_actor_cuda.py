@@ -11,7 +11,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def on_gpu(rows: AnswerRows) -> AnswerRows:
-    return AnswerRows(*(getattr(rows, name).cuda() for name in AnswerRows.__dataclass_fields__))
+    parts = (getattr(rows, name) for name in AnswerRows.__dataclass_fields__)
+    return AnswerRows(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in parts))
 
 
 @pytest.mark.parametrize("layout", ["row", "cache", "padded", "auto"])
