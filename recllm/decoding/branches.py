@@ -3,9 +3,11 @@
 B continuations of one prompt are B query positions of one row. A position sees the prompt and its own ancestors, by the
 mask; its rotary position restarts at the prompt's length. Nothing is copied or reordered when beams change: a mask row
 is. Where a model does not take such a mask (checked once a model), its cache is expanded to a row for each branch.
+A branch may say several tokens in one pass, a block, whose tokens see of each other what the block says.
 """
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from recllm.decoding.attention import attending_in_groups
 from recllm.decoding.prompts import PromptBatch
+from recllm.errors import UserError
 
 
 def backbone(model: PreTrainedModel) -> torch.nn.Module:
@@ -45,38 +48,67 @@ def prefill(model: PreTrainedModel, batch: PromptBatch) -> tuple[DynamicCache, T
     return cache, seen, hidden[:, -1]
 
 
+@dataclass(frozen=True, eq=False)
+class Block:
+    """How M tokens that a branch says in one pass hang together. All of them see what the branch said before."""
+
+    sees: Tensor  # (M, M) bool: [i, j], does token i attend to token j? Itself always, none after it
+    offsets: Tensor  # (M,) int64: positions, counted from the prompt's end
+    keep: Tensor  # (M,) bool: which of them later tokens see
+    next_offset: int  # where the token after them stands
+
+    @classmethod
+    def one(cls, offset: int, device: torch.device | str) -> "Block":
+        """A token like any other."""
+        alone = torch.ones(1, 1, dtype=torch.bool, device=device)
+        return cls(alone, torch.full((1,), offset, device=device), alone[0], offset + 1)
+
+    @property
+    def causal(self) -> bool:
+        """One token after another?"""
+        lower = torch.ones_like(self.sees).tril()
+        steps = self.offsets.diff(append=self.offsets.new_tensor([self.next_offset]))
+        return bool((self.sees == lower).all() and self.keep.all() and (steps == 1).all())
+
+
 class Branches:
-    """Prompts and what has been said after them. Every step gives a token to each branch, or to some of them."""
+    """Prompts and what has been said after them. Every step gives tokens to each branch, or to some of them."""
 
     def __init__(self, model: PreTrainedModel, batch: PromptBatch):
         self.body, self.dtype = backbone(model), model.dtype
         self.cache, self.seen, self.last = prefill(model, batch)
         self.lengths = batch.lengths  # (P,)
-        self.depth = 0
+        self.depth = 0  # where the next token stands, counted from the prompt's end
         self.slots: Tensor | None = None  # where each branch of the last step is kept, if not all took part in it
 
-    def advance(self, tokens: Tensor, parents: Tensor) -> Tensor:
+    def advance(self, tokens: Tensor, parents: Tensor, needed: Tensor | None = None) -> Tensor:
         """One token for each branch; `parents` are branches of the step before. (P, B), (P, B) -> hidden (P, B, D)"""
-        if self.slots is not None:
-            parents, self.slots = self.slots.gather(1, parents), None
-        return self._advance(tokens, parents)
+        block = Block.one(self.depth, tokens.device)
+        return self.advance_block(tokens.unsqueeze(2), parents, block, needed).squeeze(2)
 
-    def advance_some(self, tokens: Tensor, parents: Tensor, needed: Tensor) -> Tensor:
-        """The same where only the branches `needed` (P, B) are asked about ever again; the others' states are zero."""
-        most = int(needed.sum(dim=1).max())
-        if most == needed.size(1):
-            return self.advance(tokens, parents)
+    def advance_block(self, tokens: Tensor, parents: Tensor, block: Block, needed: Tensor | None = None) -> Tensor:
+        """M tokens for each branch, in one pass. (P, B, M), (P, B) -> hidden (P, B, M, D)
+
+        Only the branches `needed` (P, B) are asked about ever again: the others' states say nothing, and as many as
+        every prompt can spare are not computed. None: all are.
+        """
+        most = tokens.size(1) if needed is None else int(needed.sum(dim=1).max())
+        if most == tokens.size(1):
+            if self.slots is not None:
+                parents, self.slots = self.slots.gather(1, parents), None
+            return self._advance(tokens, parents, block)
         order = needed.long().argsort(dim=1, descending=True, stable=True)[:, :most]  # the needed ones first
-        hidden = self.last.new_zeros(*needed.shape, self.last.size(-1))
+        hidden = self.last.new_zeros(*tokens.shape, self.last.size(-1))
         if most:
-            some = self.advance(tokens.gather(1, order), parents.gather(1, order))
-            hidden.scatter_(1, order.unsqueeze(-1).expand_as(some), some)
-        self.slots = torch.zeros_like(tokens).scatter_(
+            wide = order.unsqueeze(2).expand(-1, -1, tokens.size(2))
+            some = self.advance_block(tokens.gather(1, wide), parents.gather(1, order), block)
+            hidden.scatter_(1, wide.unsqueeze(3).expand_as(some), some)
+        self.slots = torch.zeros_like(parents).scatter_(
             1, order, torch.arange(most, device=order.device).expand_as(order)
         )
         return hidden
 
-    def _advance(self, tokens: Tensor, parents: Tensor) -> Tensor:
+    def _advance(self, tokens: Tensor, parents: Tensor, block: Block) -> Tensor:
         raise NotImplementedError
 
 
@@ -88,25 +120,28 @@ class TreeBranches(Branches):
         self.model = model
         self.ancestors = self.seen.new_zeros(len(self.seen), 1, 0)  # (P, B, positions after the prompt)
 
-    def _advance(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        prompts, branches = tokens.shape
+    def _advance(self, tokens: Tensor, parents: Tensor, block: Block) -> Tensor:
+        prompts, branches, size = tokens.shape
         inherited = self.ancestors.gather(1, parents.unsqueeze(2).expand(-1, -1, self.ancestors.size(2)))
-        own = torch.eye(branches, dtype=torch.bool, device=tokens.device).expand(prompts, -1, -1)
-        self.ancestors = torch.cat([inherited, own], dim=2)
-        prompt = self.seen.unsqueeze(1).expand(-1, branches, -1)
-        sees = torch.cat([prompt, self.ancestors], dim=2).unsqueeze(1)  # (P, 1, B, T + positions)
+        same = torch.eye(branches, dtype=torch.bool, device=tokens.device)
+        own = (same[:, None, :, None] & block.sees[:, None]).view(branches, size, -1).expand(prompts, -1, -1, -1)
+        before = torch.cat([self.seen.unsqueeze(1).expand(-1, branches, -1), inherited], dim=2)
+        sees = torch.cat([before.unsqueeze(2).expand(-1, -1, size, -1), own], dim=3)  # (P, B, M, T + positions)
         # Added to the scores: what every kind of attention takes, and made once a step rather than in every layer.
         mask = torch.zeros_like(sees, dtype=self.dtype).masked_fill(~sees, torch.finfo(self.dtype).min)
-        positions = (self.lengths + self.depth).unsqueeze(1).expand(-1, branches)
-        self.depth += 1
+        kept = (same.unsqueeze(2) & block.keep).view(branches, -1).expand(prompts, -1, -1)  # (P, B, B·M)
+        self.ancestors = torch.cat([inherited, kept], dim=2)
+        positions = (self.lengths.unsqueeze(1) + block.offsets).unsqueeze(1).expand(-1, branches, -1)
+        self.depth = block.next_offset
         with attending_in_groups(self.model):
-            return self.body(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions,
+            hidden = self.body(
+                input_ids=tokens.flatten(1),  # branch by branch
+                attention_mask=mask.flatten(1, 2).unsqueeze(1),
+                position_ids=positions.flatten(1),
                 past_key_values=self.cache,
                 use_cache=True,
             ).last_hidden_state
+        return hidden.view(prompts, branches, size, -1)
 
 
 class ExpandedBranches(Branches):
@@ -114,22 +149,27 @@ class ExpandedBranches(Branches):
 
     branches = 1
 
-    def _advance(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        prompts, branches = tokens.shape
+    def _advance(self, tokens: Tensor, parents: Tensor, block: Block) -> Tensor:
+        prompts, branches, size = tokens.shape
+        if not block.causal or int(block.offsets[0]) != self.depth:
+            raise UserError(
+                "this model's attention takes no mask of ours, which slots beside each other need",
+                fix="layout: causal",
+            )
         rows = torch.arange(prompts, device=parents.device).unsqueeze(1) * self.branches + parents
         self.cache.reorder_cache(rows.flatten())
         self.branches = branches
-        self.depth += 1
-        seen = torch.nn.functional.pad(self.seen, (0, self.depth), value=True).repeat_interleave(branches, dim=0)
-        positions = (self.lengths + self.depth - 1).repeat_interleave(branches).unsqueeze(1)
+        seen = torch.nn.functional.pad(self.seen, (0, block.next_offset), value=True)
+        positions = self.lengths.unsqueeze(1) + block.offsets
+        self.depth = block.next_offset
         hidden = self.body(
-            input_ids=tokens.reshape(-1, 1),
-            attention_mask=seen.long(),
-            position_ids=positions,
+            input_ids=tokens.flatten(0, 1),
+            attention_mask=seen.repeat_interleave(branches, dim=0).long(),
+            position_ids=positions.repeat_interleave(branches, dim=0),
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        return hidden.view(prompts, branches, -1)
+        return hidden.view(prompts, branches, size, -1)
 
 
 _takes_tree_mask: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

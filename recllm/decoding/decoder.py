@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,14 @@ class Answers:
     codes: Tensor  # (P, G, L) int64
     scores: Tensor  # (P, G) log-probability under the decoder's normaliser
     logps: Tensor | None = None  # (P, G, L) of samples: log-probability of each draw, temperature and top-p included
+
+
+class Behind(NamedTuple):
+    """What is computed behind each prompt."""
+
+    tokens: int  # in a row
+    branches: int  # at a time
+    positions: int  # in all
 
 
 class Decoder:
@@ -110,43 +119,53 @@ class Decoder:
 
         return self._answer(prompts, answers, allowed, exclude, draw)
 
-    @torch.no_grad()
     def _answer(
         self, prompts: Prompts, answers: int, allowed: Tensor | None, exclude: Sequence[Sequence[int]] | None,
         search: Callable[[Walk, Sequence[int]], Found],
     ) -> Answers:  # fmt: skip
         if answers < 1:
             raise UserError(f"at least one answer a prompt is needed, got {answers}")
-        lengths = self._checked_lengths(prompts)
-        shared = Allowed.of(self.trie, allowed)
-        if shared.below is not None and not int(shared.below[-1]):
-            raise UserError("the filter leaves no item to recommend", fix="loosen it")
-        order = sorted(range(len(prompts)), key=lambda place: (-lengths[place], place))  # like lengths side by side
-        shape = (len(prompts), answers)
+        shape, levels = (len(prompts), answers), self.trie.levels
         leaves, scores = torch.full(shape, -1), torch.full(shape, NONE)
-        logps = torch.zeros(*shape, self.trie.levels)
+        logps = torch.zeros(*shape, levels)
         drawn = False
 
-        def work(start: int, end: int) -> None:
+        def work(walk: Walk, places: Sequence[int]) -> None:
             nonlocal drawn
-            places = order[start:end]
-            batch = PromptBatch.of([prompts[place] for place in places], self.prefix, self.model.device)
-            some = shared.without(self.trie, [exclude[place] for place in places]) if exclude else shared
-            walk = Walk(branches_of(self.model, batch), self.head, self.trie, self.normaliser, some)
             found = search(walk, places)
             width = found.leaves.size(1)
             leaves[places, :width], scores[places, :width] = found.leaves.cpu(), found.scores.float().cpu()
             if found.logps is not None:
                 logps[places, :width], drawn = found.logps.float().cpu(), True
 
+        self.walk(prompts, Behind(levels, answers, answers * (levels - 1)), work, allowed, exclude)
+        return self.named(leaves, scores, logps if drawn else None)
+
+    @torch.no_grad()
+    def walk(
+        self, prompts: Prompts, behind: Behind, work: Callable[[Walk, Sequence[int]], None],
+        allowed: Tensor | None = None, exclude: Sequence[Sequence[int]] | None = None,
+    ) -> None:  # fmt: skip
+        """work(walk, places of its prompts) for every batch, in the sizes that memory allows."""
+        lengths = self._checked_lengths(prompts, behind.tokens)
+        shared = Allowed.of(self.trie, allowed)
+        if shared.below is not None and not int(shared.below[-1]):
+            raise UserError("the filter leaves no item to recommend", fix="loosen it")
+        order = sorted(range(len(prompts)), key=lambda place: (-lengths[place], place))  # like lengths side by side
+
+        def one_batch(start: int, end: int) -> None:
+            places = order[start:end]
+            batch = PromptBatch.of([prompts[place] for place in places], self.prefix, self.model.device)
+            some = shared.without(self.trie, [exclude[place] for place in places]) if exclude else shared
+            work(Walk(branches_of(self.model, batch), self.head, self.trie, self.normaliser, some), places)
+
         self.head.gather()
         with without_dropout(self.model):
-            size = self.batch_size or self._fitting(lengths, answers)
-            fits = in_batches(len(prompts), min(size, self.fits or size), work)
+            size = self.batch_size or self._fitting(lengths, behind)
+            fits = in_batches(len(prompts), min(size, self.fits or size), one_batch)
         self.fits = fits if fits < size else self.fits
-        return self._named(leaves, scores, logps if drawn else None)
 
-    def _checked_lengths(self, prompts: Prompts) -> list[int]:
+    def _checked_lengths(self, prompts: Prompts, behind: int) -> list[int]:
         lengths = [len(prompt) for prompt in prompts]
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for place, length in enumerate(lengths):
@@ -154,21 +173,21 @@ class Decoder:
                 raise UserError(f"prompt {place} is empty", fix="begin it with a token that stands for a start")
             if tuple(prompts[place][: len(self.prefix)]) != self.prefix:
                 raise UserError(f"prompt {place} does not begin with the prefix of the decoder")
-            if context and length + self.trie.levels > context:
+            if context and length + behind > context:
                 raise UserError(
-                    f"a prompt of {length:,} tokens and an answer of {self.trie.levels} do not fit the model's context "
+                    f"a prompt of {length:,} tokens and an answer of {behind} do not fit the model's context "
                     f"of {context:,}",
                     fix="shorter histories (--max_history)",
                 )
         return lengths
 
-    def _fitting(self, lengths: Sequence[int], answers: int) -> int:
+    def _fitting(self, lengths: Sequence[int], behind: Behind) -> int:
         if not lengths:
             return 1
-        positions = answers * (self.trie.levels - 1)
-        return prompts_at_once(self.model, max(lengths), positions, answers, max(self.trie.fanout))
+        fanout = max(self.trie.fanout)
+        return prompts_at_once(self.model, max(lengths), behind.positions, behind.branches, fanout)
 
-    def _named(self, leaves: Tensor, scores: Tensor, logps: Tensor | None) -> Answers:
+    def named(self, leaves: Tensor, scores: Tensor, logps: Tensor | None = None) -> Answers:
         """Leaves of the trie → rows and codes of the items."""
         none = leaves < 0
         rows = self.items.rows[leaves.clamp(min=0)].long().masked_fill(none, -1)

@@ -27,6 +27,17 @@ class Found(NamedTuple):
     leaves: Tensor  # (P, G) int64
     scores: Tensor  # (P, G) Σ over the codes
     logps: Tensor | None = None  # (P, G, L) of samples: log-probability of each draw; 0 where an item had ended
+    parents: Tensor | None = None  # (P, G) the branch of the last step that each leaf's code, never fed, belongs to
+    origins: Tensor | None = None  # (P, G) of beams: the branch of the start that each has grown from
+
+
+class Start(NamedTuple):
+    """Branches that a walk begins with: one a prompt, or several."""
+
+    nodes: Tensor  # (P, B) int64, of depth 0: the root
+    hidden: Tensor  # (P, B, D) the state that the first code is predicted from
+    scores: Tensor  # (P, B) what each brings along
+    finished: Tensor | None = None  # (P, B) the leaf at which a branch has ended already, for sure; -1 of the others
 
 
 class Candidates(NamedTuple):
@@ -48,10 +59,16 @@ class Walk:
     normaliser: Normaliser
     allowed: Allowed
 
-    def start(self) -> tuple[Tensor, Tensor]:
-        """The root of each prompt and the hidden state there. (P, 1), (P, 1, D)"""
-        hidden = self.branches.last.unsqueeze(1)
-        return torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device), hidden
+    def start(self) -> Start:
+        """The root of each prompt."""
+        return self.start_from(self.branches.last.unsqueeze(1))
+
+    def start_from(self, hidden: Tensor, scores: Tensor | None = None, finished: Tensor | None = None) -> Start:
+        """The root once for each hidden state (P, B, D)."""
+        nodes = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        return Start(
+            nodes, hidden, torch.zeros_like(nodes, dtype=torch.float32) if scores is None else scores, finished
+        )
 
     def candidates(self, depth: int, nodes: Tensor, hidden: Tensor) -> Candidates:
         """Every step from `nodes` (P, B) of `depth`, given hidden states (P, B, D)."""
@@ -72,7 +89,7 @@ class Walk:
             total = self.head.full_normaliser(found.hidden)
         return _certain(found, found.logits - total.unsqueeze(-1))
 
-    def step(self, depth: int, nodes: Tensor, parents: Tensor) -> Tensor:
+    def step(self, depth: int, nodes: Tensor, parents: Tensor, finished: Tensor | None = None) -> Tensor:
         """Hidden states at `nodes` (P, B) of `depth`, whose parents are branches of the step before. (P, B, D)
 
         The model is not asked about items that have ended: a level that few items have costs few positions.
@@ -80,9 +97,16 @@ class Walk:
         tokens = self.head.ids[depth - 1][self.trie.codes(depth, nodes)]
         first_child = self.trie.ptr[depth][nodes].long()
         ended = self.trie.is_padding(depth + 1, first_child)
-        if ended is None:
-            return self.branches.advance(tokens, parents)
-        return self.branches.advance_some(tokens, parents, ~ended)
+        needed = None if ended is None else ~ended
+        if finished is not None:
+            needed = (finished < 0) if needed is None else needed & (finished < 0)
+        return self.branches.advance(tokens, parents, needed)
+
+    def along(self, depth: int, found: Candidates, steps: Tensor, finished: Tensor) -> Tensor:
+        """Scores of the steps (P, B, C) where finished branches (P, B) go on to their leaf with probability one."""
+        on_the_way = torch.searchsorted(self.trie.leaves[depth + 1], finished.int(), right=True).unsqueeze(-1) - 1
+        certain = torch.where(found.valid & (found.nodes == on_the_way), 0.0, NONE)
+        return torch.where((finished >= 0).unsqueeze(-1), certain, steps)
 
 
 def over_children(found: Candidates, temperature: float = 1.0) -> Tensor:
@@ -125,39 +149,42 @@ def conditional_gumbel(logps: Tensor, top: Tensor) -> Tensor:
     return torch.where(logps == NONE, NONE, torch.where(gap == 0, top, noisy))
 
 
-def beams(walk: Walk, width: int) -> Found:
-    """The `width` most probable items, best first."""
-    nodes, hidden = walk.start()
-    scores = torch.zeros(nodes.shape, device=hidden.device)
+def beams(walk: Walk, width: int, start: Start | None = None) -> Found:
+    """The `width` most probable items, best first; from several branches, pairs of a branch and an item."""
+    nodes, hidden, scores, finished = start or walk.start()
+    origins = torch.arange(nodes.size(1), device=nodes.device).expand_as(nodes)
     for depth in range(walk.trie.levels):
         found = walk.candidates(depth, nodes, hidden)
-        total = (scores.unsqueeze(-1) + walk.scores(found)).flatten(1)  # (P, B·C)
+        steps = walk.scores(found)
+        if finished is not None:
+            steps = walk.along(depth, found, steps, finished)
+        total = (scores.unsqueeze(-1) + steps).flatten(1)  # (P, B·C)
         scores, best = total.topk(min(width, total.size(1)), dim=1)
         nodes, parents = found.nodes.flatten(1).gather(1, best), best // found.nodes.size(-1)
+        origins = origins.gather(1, parents)
+        finished = None if finished is None else finished.gather(1, parents)
         if depth + 1 < walk.trie.levels:
-            hidden = walk.step(depth + 1, nodes, parents)
-    return Found(nodes.masked_fill(scores == NONE, -1), scores)
+            hidden = walk.step(depth + 1, nodes, parents, finished)
+    return Found(nodes.masked_fill(scores == NONE, -1), scores, parents=parents, origins=origins)
 
 
-def samples(walk: Walk, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Found:
-    """One item for each row of `uniform` (P, G, L), numbers in [0, 1) that decide the draws; items may repeat."""
-    nodes, hidden = walk.start()
+def samples(
+    walk: Walk, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0, start: Start | None = None
+) -> Found:
+    """One item for each row of `uniform` (P, G, L), numbers in [0, 1) that decide the draws; items may repeat.
+
+    `start` has one branch for all G, or G.
+    """
+    nodes, hidden, scores, _ = start or walk.start()
     answers = uniform.size(1)
-    parents = torch.zeros_like(nodes).expand(-1, answers)
-    scores = torch.zeros(parents.shape, device=hidden.device)
+    scores = scores.expand(-1, answers)
+    branches = torch.arange(answers, device=nodes.device).expand(len(nodes), -1)
+    parents = branches if nodes.size(1) == answers else torch.zeros_like(branches)
     drawn = []
     for depth in range(walk.trie.levels):
         found = walk.candidates(depth, nodes, hidden)
         logps = keep_top_p(over_children(found, temperature), top_p)
-        # The first child whose cumulated probability exceeds the number; the last one that is possible takes the rest.
-        cumulated = logps.exp().cumsum(dim=-1)
-        cumulated = cumulated / cumulated[..., -1:].clamp(min=1e-30)
-        possible = logps > NONE
-        chosen = torch.searchsorted(
-            cumulated.expand(-1, answers, -1).contiguous(), uniform[:, :, depth, None].contiguous(), right=True
-        )
-        last = possible.size(-1) - 1 - possible.flip(-1).long().argmax(dim=-1, keepdim=True)
-        chosen = torch.minimum(chosen, last.expand(-1, answers, -1))  # (P, G, 1)
+        chosen = draw(logps, uniform[:, :, depth])  # (P, G, 1)
 
         def take(values: Tensor, chosen: Tensor = chosen) -> Tensor:
             return values.expand(-1, answers, -1).gather(2, chosen).squeeze(2)
@@ -166,8 +193,24 @@ def samples(walk: Walk, uniform: Tensor, temperature: float = 1.0, top_p: float 
         drawn.append(take(logps))
         if depth + 1 < walk.trie.levels:
             hidden = walk.step(depth + 1, nodes, parents)
-            parents = torch.arange(answers, device=nodes.device).expand_as(nodes)
-    return Found(nodes.masked_fill(scores == NONE, -1), scores, torch.stack(drawn, dim=-1))
+            parents = branches
+    return Found(nodes.masked_fill(scores == NONE, -1), scores, torch.stack(drawn, dim=-1), parents)
+
+
+def draw(logps: Tensor, uniform: Tensor) -> Tensor:
+    """The first child whose cumulated probability exceeds the number; the last one that is possible takes the rest.
+
+    `logps` of one branch for all G, or of G: (P, 1 or G, C), (P, G) in [0, 1) -> (P, G, 1)
+    """
+    answers = uniform.size(1)
+    cumulated = logps.exp().cumsum(dim=-1)
+    cumulated = cumulated / cumulated[..., -1:].clamp(min=1e-30)
+    chosen = torch.searchsorted(
+        cumulated.expand(-1, answers, -1).contiguous(), uniform.unsqueeze(-1).contiguous(), right=True
+    )
+    possible = logps > NONE
+    last = possible.size(-1) - 1 - possible.flip(-1).long().argmax(dim=-1, keepdim=True)
+    return torch.minimum(chosen, last.expand(-1, answers, -1))
 
 
 def distinct_samples(walk: Walk, noise: Noise, answers: int, temperature: float = 1.0, top_p: float = 1.0) -> Found:
@@ -176,8 +219,7 @@ def distinct_samples(walk: Walk, noise: Noise, answers: int, temperature: float 
     Every item's log-probability gets Gumbel noise, drawn from the top down: a node's noise is the largest of its
     children's, so the best `answers` nodes of a level are the only ones that can lead to the best items.
     """
-    nodes, hidden = walk.start()
-    scores = torch.zeros(nodes.shape, device=hidden.device)
+    nodes, hidden, scores, _ = walk.start()
     so_far, perturbed, drawn = torch.zeros_like(scores), torch.zeros_like(scores), None
     for depth in range(walk.trie.levels):
         found = walk.candidates(depth, nodes, hidden)

@@ -308,7 +308,7 @@ def test_a_level_of_few_items_costs_few_positions(monkeypatch):
     model = some_model()
     counts = []
     advance = TreeBranches._advance
-    monkeypatch.setattr(TreeBranches, "_advance", lambda self, t, p: counts.append(t.size(1)) or advance(self, t, p))
+    monkeypatch.setattr(TreeBranches, "_advance", lambda self, t, *a: counts.append(t.size(1)) or advance(self, t, *a))
     takes_tree_mask(model)
     counts.clear()
     assert_exact(model, some_prompts(0), codes, "level")
