@@ -1,8 +1,9 @@
-"""Measure a checkpoint: every user of the split, the whole catalogue, items and not strings; directly or by reasoning.
+"""Measure a checkpoint: every user of the split, the whole catalogue, items and not strings, in one of its modes.
 
     python eval/evaluate.py --model runs/mine/model --data runs/mine --output runs/mine/test
     python eval/evaluate.py --model … --data … --output … --mode reasoning --samples 10 --temperature 0.7 --top_p 0.9
     python eval/evaluate.py --model … --data … --output … --mode reason_then_beam --users 1000
+    python eval/evaluate.py --model … --data … --output … --mode reflection --beams 20 --entropy_weight 0.2
     torchrun --nproc_per_node 4 eval/evaluate.py --model … --data … --output …          (each takes its share of users)
 
 Writes predictions.jsonl and metrics.json. Killed and run again, it goes on where it was; run again after the end, it

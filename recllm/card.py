@@ -135,10 +135,10 @@ for answer in answers[:, start:].tolist():
 
 
 def figures(result: Mapping) -> dict[str, tuple[float, Sequence[float] | None]]:
-    """name → (value, interval or None): the metrics, and every single figure of the part about reasoning."""
-    reasoning = result.get("reasoning") or {}
-    intervals = (result.get("intervals") or {}) | (reasoning.get("intervals") or {})
-    found = dict(_scalars(result.get("metrics") or {})) | dict(_scalars(reasoning))
+    """name → (value, interval or None): the metrics, and every single figure of the part on reasoning or reflection."""
+    more = result.get("reasoning") or result.get("reflection") or {}
+    intervals = (result.get("intervals") or {}) | (more.get("intervals") or {})
+    found = dict(_scalars(result.get("metrics") or {})) | dict(_scalars(more))
     return {name: (value, intervals.get(name)) for name, value in found.items()}
 
 

@@ -48,13 +48,21 @@ class RecommendConfig:
         default_factory=list, metadata={"help": "column=value of the items; several values of a column: any of them."}
     )
     beams: int | None = field(default=None, metadata={"help": "Width of the search. Default: 20, or k."})
-    mode: Literal["direct", "reason"] = field(
-        default="direct", metadata={"help": "reason: the model says first what it makes of the history."}
+    mode: Literal["direct", "reason", "reflect"] = field(
+        default="direct",
+        metadata={
+            "help": "reason: the model says first what it makes of the history. reflect: it says where its drafts are "
+            "wrong, and corrects them."
+        },
     )
     temperature: float = field(default=0.0, metadata={"help": "reason: of the draws. 0: the best token every time."})
     top_p: float = field(default=0.9, metadata={"help": "reason: of the draws."})
     max_new_tokens: int = field(default=512, metadata={"help": "reason: longest chain."})
     seed: int = field(default=0, metadata={"help": "reason: of the draws."})
+    entropy_weight: float = field(
+        default=0.2, metadata={"help": "reflect: what a draft's doubt adds to its score while correcting; 0: nothing."}
+    )
+    skip: bool = field(default=True, metadata={"help": "reflect: a draft that is called right is left as it is."})
     json: bool = field(default=False, metadata={"help": "One JSON object a line in place of the table."})
 
     def __post_init__(self):
@@ -74,7 +82,7 @@ def recommend(config: RecommendConfig) -> None:
     """What a checkpoint recommends to a user with this history."""
     from recllm.decoding.chains import Sampling
     from recllm.recommender import Recommender
-    from recllm.summary import reasoning_table, recommendations_table
+    from recllm.summary import corrections_table, reasoning_table, recommendations_table
 
     sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens)
 
@@ -83,7 +91,7 @@ def recommend(config: RecommendConfig) -> None:
     exclude = [*config.exclude, *(config.history if config.exclude_history else [])]
     found = recommender.recommend(
         config.history, config.k, config.mode, beams=config.beams, exclude=exclude, filter=config.filters(),
-        sampling=sampling, seed=config.seed,
+        sampling=sampling, seed=config.seed, entropy_weight=config.entropy_weight, skip=config.skip,
     )  # fmt: skip
     if config.json:
         for one in found:
@@ -94,6 +102,8 @@ def recommend(config: RecommendConfig) -> None:
     launch.results.print(recommendations_table("the history", [(item, titles[item], None) for item in config.history]))
     if found and found[0].reasoning is not None:
         launch.results.print(reasoning_table(found[0].reasoning, titles))
+    if found and found[0].reflection is not None:
+        launch.results.print(corrections_table(found, recommender.checkpoint.table.levels))
     launch.results.print(
         recommendations_table("recommended", [(one.item, one.title, one.score) for one in found])
     )  # fmt: skip

@@ -4,6 +4,7 @@ recommender = Recommender.from_pretrained("runs/mine/model")
 for one in recommender.recommend(["B0042", "B0007"], k=5, filter={"brand": "Nord"}):
     print(one.item, one.title, one.score)
 recommender.recommend(["B0042", "B0007"], mode="reason")[0].reasoning.intent
+recommender.recommend(["B0042", "B0007"], mode="reflect")[0].reflection.doubted
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import difflib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import polars as pl
 import torch
@@ -20,22 +21,41 @@ from torch import Tensor
 from recllm.checkpoint import Checkpoint
 from recllm.decoding import Answers, Decoder, Normaliser
 from recllm.decoding.chains import Sampling
+from recllm.decoding.reflecting import Reflected, Reflector
 from recllm.errors import UserError
 from recllm.reasoner import Reasoner, opened
 from recllm.reasoning import Chain
+from recllm.reflection import OTHER
 
 Filter = Mapping[str, object] | pl.Expr
+Mode = Literal["direct", "reason", "reflect"]
 BEAMS = 20  # fewer are not wanted even for a short list: a good item's first code may be the fifth best
 BEST_CHAIN = Sampling(temperature=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """Where a recommendation of mode reflect comes from."""
+
+    draft: str  # the item that it was at first
+    title: str
+    score: float  # log-probability of the draft's codes
+    first_wrong: int | None  # the code of it, from 1, at which the model says that it goes wrong; None: it names none
+    doubted: tuple[str, ...]  # the attributes in which the model says that it is not what the user takes next
+    uncertainty: float  # mean entropy of what it says, in nats
+    kept: bool  # called right, and recommended as it is
 
 
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
     item: str
     title: str
-    score: float  # log-probability of the item's codes, after the chain where there is one
+    # Log-probability of the item's codes, after the chain where there is one. Mode reflect: that of the correction, and
+    # before it the draft's score and what its doubt added.
+    score: float
     # Mode reason: the stages that led here, with this item as the answer; the text itself if it has not the form.
     reasoning: Chain | str | None = None
+    reflection: Correction | None = None  # mode reflect: the draft that it was made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +102,15 @@ class Recommender:
         self,
         history: Sequence[str] | Sequence[Sequence[str]],
         k: int = 10,
-        mode: Literal["direct", "reason"] = "direct",
+        mode: Mode = "direct",
         *,
         beams: int | None = None,
         exclude: Iterable[str] | Literal["history"] | None = None,
         filter: Filter | None = None,
         sampling: Sampling = BEST_CHAIN,
         seed: int = 0,
+        entropy_weight: float = 0.2,
+        skip: bool = True,
     ) -> list[Recommendation] | list[list[Recommendation]]:
         """The k best items for one history (item ids, oldest first) or for each of several.
 
@@ -98,20 +120,26 @@ class Recommender:
         beams     width of the search, by default 20 or k
         mode      reason: the model writes a chain first and the list follows from it, filters and all; each
                   recommendation has it as `reasoning`. A chain that comes to no answer within its limit is cut
-                  short, and the list follows from what there is
+                  short, and the list follows from what there is. reflect: it drafts a list, says of each item where it
+                  is wrong, and corrects it; each recommendation has its draft as `reflection`
         sampling  mode reason: how the chain is drawn; by default the best token every time
         seed      mode reason: of the draws
+        skip      mode reflect: a draft that the model calls right is left as it is
+        entropy_weight  mode reflect: how much its doubt about a draft adds to the draft's score; 0: nothing
         """
-        if mode not in ("direct", "reason"):
-            raise UserError(f"mode {mode!r} is not one of direct, reason")
+        if mode not in get_args(Mode):
+            raise UserError(f"mode {mode!r} is not one of {', '.join(get_args(Mode))}")
         history = history if isinstance(history, str) else list(history)
         single = not history or isinstance(history, str) or not isinstance(history[0], list | tuple)
         histories = [history] if single else history
         if mode == "direct":
             found = self.ranked(histories, k, beams, exclude, filter)
             lists = [self._named(rows, scores) for rows, scores in zip(found.rows.tolist(), found.scores.tolist())]
-        else:
+        elif mode == "reason":
             lists = self._reasoned(histories, self._question(histories, k, beams, exclude, filter), sampling, seed)
+        else:
+            asked = self._question(histories, k, beams, exclude, filter)
+            lists = self._reflected(histories, asked, entropy_weight, skip)
         return lists[0] if single else lists
 
     def ranked(
@@ -168,6 +196,36 @@ class Recommender:
                 for one in named
             ])  # fmt: skip
         return lists
+
+    def _reflected(
+        self, histories: Sequence[Sequence[str]], asked: "Question", entropy_weight: float, skip: bool
+    ) -> list[list[Recommendation]]:
+        """Drafts for each history, what the model says of them, their corrections."""
+        found = Reflector(self.decoder, self.checkpoint.reflection.tokens).scheduled(
+            self.writer.ids(histories), asked.beams, entropy_weight=entropy_weight, skip=skip, allowed=asked.allowed,
+            exclude=asked.exclude,
+        )  # fmt: skip
+        best = asked.best(found.found)
+        return [
+            [
+                dataclasses.replace(one, reflection=self._correction(found, case, source))
+                for one, source in zip(self._named(rows, scores), sources)
+            ]
+            for case, (rows, scores, sources) in enumerate(
+                zip(best.rows.tolist(), best.scores.tolist(), found.source.tolist())
+            )
+        ]
+
+    def _correction(self, found: Reflected, case: int, draft: int) -> Correction:
+        template, labels = self.checkpoint.reflection.template, found.labels[case, draft].tolist()
+        loc, *same = labels or [template.levels]  # without labels (GC) nothing is said
+        doubt = found.entropies[case, draft]
+        (named,) = self._named([int(found.drafts.rows[case, draft])], [float(found.drafts.scores[case, draft])])
+        return Correction(
+            named.item, named.title, named.score, loc + 1 if loc < template.levels else None,
+            tuple(name for name, label in zip(template.attributes, same) if label == OTHER),
+            float(doubt.mean()) if len(doubt) else 0.0, bool(found.kept[case, draft]),
+        )  # fmt: skip
 
     @functools.cached_property
     def _reasoner(self) -> Reasoner:

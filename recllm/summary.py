@@ -1,6 +1,6 @@
 """Short tables that say what an artifact holds, for the scripts and `recllm inspect`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -10,6 +10,7 @@ from recllm.catalogue import Catalogue
 from recllm.errors import UserError
 from recllm.files import read_json
 from recllm.reasoning import Chain
+from recllm.recommender import Recommendation
 from recllm.semantic_ids import SemanticIdTable
 
 
@@ -117,11 +118,34 @@ def recommendations_table(title: str, rows: list[tuple[str, str, float | None]])
     return table
 
 
+def corrections_table(found: Sequence[Recommendation], levels: int) -> Table:
+    """draft → what the model doubted → what it made of it, one line a recommendation."""
+    table = Table("", "draft", title="reflection", title_justify="left", box=None, pad_edge=False)
+    table.add_column("log p", justify="right")
+    table.add_column("doubted")
+    table.add_column("entropy", justify="right")
+    table.add_column("corrected to")
+    for number, one in enumerate(found, 1):
+        said = one.reflection
+        wrong = [] if said.first_wrong is None else [f"code {said.first_wrong} of {levels}"]
+        doubted = ", ".join([*wrong, *said.doubted]) or "nothing"
+        after = "kept" if said.kept else "the same" if said.draft == one.item else _both(one.item, one.title)
+        draft = Text(_both(said.draft, said.title))
+        table.add_row(
+            f"{number}.", draft, f"{said.score:.2f}", Text(doubted), f"{said.uncertainty:.2f}", Text(f"→ {after}")
+        )
+    return table
+
+
+def _both(item: str, title: str) -> str:
+    return f"{title} ({item})" if title else item
+
+
 def reasoning_table(reasoning: Chain | str, titles: Mapping[str, str]) -> Table:
     """A chain stage by stage; a text that is none, as it was written."""
     if isinstance(reasoning, str):
         return _stages("reasoning, not in the form that was taught", {"": reasoning})
-    kept = [f"{titles[item]} ({item})" if titles.get(item) else item for item in reasoning.history]
+    kept = [_both(item, titles.get(item, "")) for item in reasoning.history]
     rows = {
         "evidence": reasoning.evidence,
         "preferences": reasoning.preferences,

@@ -4,6 +4,9 @@
 
 A model that reasoned has a list of `samples` beside them, in the order they were drawn:
 {"item": "i3", "score": -1.52, "logp": -31.4, "tokens": 117, "parsed": true}
+
+A model that reflected has a list of `drafts`, best first: what it found before it corrected, and what it said of it.
+{"item": "i3", "score": -1.52, "loc": 2, "same": [true, false], "entropy": 0.61}
 """
 
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ import msgspec
 import polars as pl
 
 from recllm.errors import UserError
-from recllm.evaluation.ranking import Ranking, Sample
+from recllm.evaluation.ranking import Drafts, Ranking, Sample
 from recllm.files import read_lines
 
 FILE = "predictions.jsonl"
@@ -30,6 +33,17 @@ class SampleLine(msgspec.Struct, omit_defaults=True):
     chain: str | None = None  # its text, with --keep_chains
 
 
+class DraftLine(msgspec.Struct, omit_defaults=True):
+    """One draft. Labels are those that the model found most probable."""
+
+    item: str
+    score: float
+    loc: int = 0  # level from 1 at which it goes wrong, L + 1: nowhere; 0: nothing was said of it
+    same: list[bool] = []  # has it the target's value, for each attribute of the model's template
+    entropy: float = 0.0  # mean over the labels
+    kept: bool = False  # it was called right, and not corrected
+
+
 class Prediction(msgspec.Struct, omit_defaults=True):
     user: str
     position: int  # of the target, in the user's own order
@@ -37,6 +51,7 @@ class Prediction(msgspec.Struct, omit_defaults=True):
     items: list[str]  # best first
     scores: list[float]
     samples: list[SampleLine] = []
+    drafts: list[DraftLine] = []
 
 
 def to_lines(cases: pl.DataFrame, ranking: Ranking, item_ids: list[str]) -> Iterator[bytes]:
@@ -46,12 +61,22 @@ def to_lines(cases: pl.DataFrame, ranking: Ranking, item_ids: list[str]) -> Iter
         found = [(item_ids[row], _six(score)) for row, score in zip(rows[case], scores[case]) if row >= 0]
         items, shown = [item for item, _ in found], [score for _, score in found]
         samples = [_line(sample, item_ids) for sample in ranking.samples[case]] if ranking.samples else []
-        yield msgspec.json.encode(Prediction(user, position, target, items, shown, samples)) + b"\n"
+        drafts = _drafts(ranking.drafts, case, item_ids) if ranking.drafts else []
+        yield msgspec.json.encode(Prediction(user, position, target, items, shown, samples, drafts)) + b"\n"
 
 
 def _line(sample: Sample, item_ids: list[str]) -> SampleLine:
     item, score = (item_ids[sample.row], _six(sample.score)) if sample.row >= 0 else (None, None)
     return SampleLine(item, score, _six(sample.logp), sample.tokens, sample.parsed, sample.text)
+
+
+def _drafts(drafts: Drafts, case: int, item_ids: list[str]) -> list[DraftLine]:
+    rows, scores, loc, same, entropies, kept = (part[case].tolist() for part in drafts)
+    return [
+        DraftLine(item_ids[row], _six(score), place, alike if place else [], _six(entropy), keeps)
+        for row, score, place, alike, entropy, keeps in zip(rows, scores, loc, same, entropies, kept)
+        if row >= 0
+    ]
 
 
 def _six(value: float) -> float:

@@ -19,12 +19,24 @@ class Sample:
     text: str | None = None  # of the chain, where it is kept
 
 
+class Drafts(NamedTuple):
+    """What a ranker that reflects found first and said of it, best first; fewer than B are filled with row -1."""
+
+    rows: Tensor  # (P, B) int64, rows of the catalogue
+    scores: Tensor  # (P, B)
+    loc: Tensor  # (P, B) int64: the level, from 1, at which it is said to go wrong; L + 1: nowhere; 0: nothing was said
+    same: Tensor  # (P, B, K) bool: has it the target's value of each attribute, as is said?
+    entropies: Tensor  # (P, B): mean of what was said
+    kept: Tensor  # (P, B) bool: was it called right, and not corrected?
+
+
 class Ranking(NamedTuple):
     """The best items of each case, best first; fewer than K are filled with row -1 and score -inf."""
 
     rows: Tensor  # (P, K) int64, rows of the catalogue
     scores: Tensor  # (P, K) float, descending
     samples: list[list[Sample]] | None = None  # of a ranker that reasons: equally many for each case
+    drafts: Drafts | None = None  # of a ranker that reflects
 
 
 class Ranker(Protocol):

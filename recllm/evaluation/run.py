@@ -7,6 +7,7 @@ from pathlib import Path
 from recllm.catalogue import Catalogue, Split
 from recllm.errors import UserError
 from recllm.evaluation import predictions
+from recllm.evaluation.drafts import Truth
 from recllm.evaluation.predicting import BLOCK, cases_of, clear_parts, predict
 from recllm.evaluation.ranking import Ranker
 from recllm.evaluation.scoring import score
@@ -56,9 +57,12 @@ class Protocol:
 
 def evaluate_ranker(
     name: str, ranker: Ranker, catalogue: Catalogue, protocol: Protocol, folder: str | Path, *,
-    seed: int = 0, overwrite: bool = False, group: Processes = ALONE, block: int = BLOCK,
+    seed: int = 0, overwrite: bool = False, group: Processes = ALONE, block: int = BLOCK, truth: Truth | None = None,
 ) -> dict | None:  # fmt: skip
-    """The content of metrics.json on process 0, None on the others. Resumes; the same run again returns at once."""
+    """The content of metrics.json on process 0, None on the others. Resumes; the same run again returns at once.
+
+    truth   of a ranker that reflects: what it should have said
+    """
     folder = Path(folder)
     if protocol.length > len(catalogue.item_ids):
         raise UserError(
@@ -94,7 +98,7 @@ def evaluate_ranker(
         return None
     figures = score(
         predictions.read(path), catalogue, protocol.split, protocol.k, length=protocol.length, file=path,
-        pass_ks=protocol.pass_k, users=protocol.users, users_seed=protocol.users_seed,
+        pass_ks=protocol.pass_k, users=protocol.users, users_seed=protocol.users_seed, truth=truth,
     )  # fmt: skip
     result = {"run": run, **figures}
     write_json(folder / METRICS, result)

@@ -18,7 +18,7 @@ from torch import Tensor
 from recllm import metrics
 from recllm.catalogue import Catalogue, Split
 from recllm.errors import UserError
-from recllm.evaluation import samples
+from recllm.evaluation import drafts, samples
 from recllm.evaluation.predicting import some_users
 from recllm.evaluation.predictions import Prediction
 from recllm.evaluation.slices import item_rows, slices_of, to_tensor, training_counts
@@ -40,15 +40,17 @@ def score(
     pass_ks: Sequence[int] = (),
     users: int | None = None,
     users_seed: int = 0,
+    truth: drafts.Truth | None = None,
 ) -> dict:
     """Plain JSON values: users, targets, metrics, intervals, lists, slices. The order of the predictions is no matter.
-    With samples of a model that reasoned, `reasoning` too.
+    With samples of a model that reasoned, `reasoning` too, and with the truth about drafts `reflection`.
 
     length   how many items each list was to have; without it, as many as the longest has (at least the largest k)
     seed     of the bootstrap
     file     where the predictions come from, line by line, for the sentence that refuses them
     pass_ks  the k of pass@k, of samples
     users    every target of so many users is wanted, drawn by `users_seed`; None: of all
+    truth    what a model that reflects should have said
     """
     every = catalogue.targets(split)["user"]
     measured = every.is_in(some_users(every, users, users_seed).implode())  # (all targets of the split,)
@@ -64,17 +66,23 @@ def score(
     names = [f"{name}@{at}" for name in METRICS for at in ks] + ([f"recall@{length}"] if length > k else [])
     values = {name: case_values(name, ranks) for name in names}
     user = user_numbers(cases)  # (P,)
-    reasoned = {}
+    more = {}
     if any(prediction.samples for prediction in predictions):
         found = samples.answers(predictions, catalogue, file)[to_tensor(cases["line"]) - 1]  # (P, n)
         of_samples = samples.values_of(found, items, targets, ks, pass_ks)
         figures = {name: figure(value) for name, value in samples.chain_figures(predictions, found).items()}
-        reasoned = {"reasoning": {"samples": found.size(1), **_means(of_samples, user, seed), **figures}}
+        more = {"reasoning": {"samples": found.size(1), **_means(of_samples, user, seed), **figures}}
+    if truth is not None:
+        order = to_tensor(cases["line"]) - 1
+        given = drafts.Drafts(*(part[order] for part in drafts.drafts_of(predictions, catalogue, truth, file)))
+        of_drafts = drafts.measured(given, items, targets, ks, truth)
+        means = _means(of_drafts.of_cases, user, seed)
+        more = {"reflection": {"drafts": given.rows.size(1), **means, **of_drafts.others}}
     return {
         "users": int(user.max()) + 1,
         "targets": len(cases),
         **_means(values, user, seed),
-        **reasoned,
+        **more,
         "lists": list_figures(items, targets, popularity, k),
         "slices": {
             division.name: {
@@ -92,14 +100,20 @@ def score(
 
 
 def _means(values: dict[str, Tensor], user: Tensor, seed: int) -> dict:
-    """Metrics of cases (P,) each, with their intervals."""
+    """Metrics of cases (P,) each, with their intervals; a case whose value is nan is not one of that metric's."""
+    known = {name: (value[~value.isnan()], user[~value.isnan()]) for name, value in values.items()}
     return {
-        "metrics": {name: figure(value.mean()) for name, value in values.items()},
+        "metrics": {name: figure(value.mean()) for name, (value, _) in known.items()},
         "intervals": {
-            name: [figure(end) for end in metrics.bootstrap_interval(per_user(value, user), seed=seed)]
-            for name, value in values.items()
+            name: [figure(end) for end in metrics.bootstrap_interval(per_user(value, _dense(some)), seed=seed)]
+            for name, (value, some) in known.items()
         },
     }
+
+
+def _dense(numbers: Tensor) -> Tensor:
+    """The same order as 0, 1, …, none left out.   (P,) -> (P,)"""
+    return numbers.unique(return_inverse=True)[1]
 
 
 def case_values(metric: str, ranks: Tensor) -> Tensor:
@@ -255,11 +269,12 @@ def score_tables(scores: dict) -> list[Table]:
             figures = [f"{part[name]:.4f}" for name in shown]
             slices.add_row("" if number else division, label, f"{part['targets']:,}", *figures)
         slices.add_section()
-    reasoned = [reasoning_table(scores["reasoning"])] if "reasoning" in scores else []
-    for table, labels in ((main, 1), *((table, 1) for table in reasoned), (lists, 1), (slices, 2)):
+    more = [reasoning_table(scores["reasoning"])] if "reasoning" in scores else []
+    more += [drafts.reflection_table(scores["reflection"])] if "reflection" in scores else []
+    for table, labels in ((main, 1), *((table, 1) for table in more), (lists, 1), (slices, 2)):
         for column in table.columns[labels:]:
             column.justify = "right"
-    return [main, *reasoned, lists, slices]
+    return [main, *more, lists, slices]
 
 
 def reasoning_table(scores: dict) -> Table:

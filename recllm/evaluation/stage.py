@@ -8,17 +8,21 @@ from recllm.catalogue import Catalogue, Split
 from recllm.checkpoint import Checkpoint
 from recllm.decoding import Normaliser
 from recllm.decoding.chains import Sampling
+from recllm.decoding.reflecting import check_entropy_weight
 from recllm.errors import UserError
 from recllm.evaluation.direct import DirectRanker
+from recllm.evaluation.drafts import Truth
 from recllm.evaluation.predicting import BLOCK
 from recllm.evaluation.ranking import Ranker
 from recllm.evaluation.reasoning import ReasoningRanker, ReasonThenBeamRanker
+from recllm.evaluation.reflection import ReflectionRanker
 from recllm.evaluation.run import Protocol, evaluate_ranker
 from recllm.pretrained import DTYPES
 from recllm.processes import processes
 from recllm.vllm_chains import VLLMChains
 
-Mode = Literal["direct", "reasoning", "reason_then_beam"]
+Mode = Literal["direct", "reasoning", "reason_then_beam", "reflection"]
+WITHOUT_CHAINS = ("direct", "reflection")
 BLOCK_OF_CHAINS = 32  # users of a block where each costs thousands of tokens
 PASS_KS = (1, 5, 10)
 
@@ -34,7 +38,7 @@ class EvaluateConfig:
         default="direct",
         metadata={
             "help": "direct: beams right after the history. reasoning: chains with an item each. reason_then_beam: "
-            "beams after one chain."
+            "beams after one chain. reflection: beams, what the model says of them, and their corrections."
         },
     )
     split: Split = field(default="test", metadata={"help": "valid or test."})
@@ -69,6 +73,17 @@ class EvaluateConfig:
         default="hf",
         metadata={"help": "Who writes the chains: the model itself, or vLLM on it, which is faster on a GPU."},
     )
+    entropy_weight: float = field(
+        default=0.2,
+        metadata={"help": "reflection: α_e, what doubt adds to a draft's score while correcting; 0: nothing."},
+    )
+    skip: bool = field(
+        default=True, metadata={"help": "reflection: a draft that is called right is not generated again."}
+    )
+    reflect_on: int | None = field(
+        default=None,
+        metadata={"help": "reflection: only so many of the best drafts, the others fill up the list. Default: all."},
+    )
     keep_chains: bool = field(default=False, metadata={"help": "Write the chains into predictions.jsonl."})
     batch_size: int | None = field(default=None, metadata={"help": "Users at once. Default: what memory allows."})
     block: int | None = field(
@@ -90,8 +105,11 @@ class EvaluateConfig:
             raise UserError(f"max_history must be at least 1, got {self.max_history}")
         if self.mode == "reasoning" and max(self.pass_ks, default=self.samples) > self.samples:
             raise UserError(f"pass@{max(self.pass_ks)} needs as many samples, not {self.samples}", fix="--samples")
-        if self.engine == "vllm" and self.mode == "direct":
-            raise UserError("vLLM writes chains, and mode direct has none", fix="--engine hf")
+        if self.engine == "vllm" and self.mode in WITHOUT_CHAINS:
+            raise UserError(f"vLLM writes chains, and mode {self.mode} has none", fix="--engine hf")
+        check_entropy_weight(self.entropy_weight)
+        if self.reflect_on is not None and not 1 <= self.reflect_on <= self.beams:
+            raise UserError(f"reflect_on {self.reflect_on} must be between 1 and the {self.beams} beams")
         self.protocol()
         self.sampling()
 
@@ -122,26 +140,29 @@ def evaluate(config: EvaluateConfig) -> dict | None:
             raise UserError("vLLM writes chains for one process", fix="start one, or --engine hf")
         catalogue = Catalogue.load(config.data)
         checkpoint = Checkpoint.load(config.model, group.device, config.dtype)
-        style = checkpoint.style if config.mode == "direct" else checkpoint.reasoning
+        style = checkpoint.style if config.mode in WITHOUT_CHAINS else checkpoint.reasoning
         if (config.max_history or 0) > style.max_history:
             raise UserError(
                 f"max_history {config.max_history}: the model reads the last {style.max_history} items",
                 fix=f"--max_history {style.max_history} or fewer",
             )
         name = config.name or Path(config.model).name
-        block = config.block or (BLOCK if config.mode == "direct" else BLOCK_OF_CHAINS)
+        block = config.block or (BLOCK if config.mode in WITHOUT_CHAINS else BLOCK_OF_CHAINS)
+        ranker = ranker_of(config, checkpoint, catalogue)  # refuses what does not fit
+        truth = Truth.of(checkpoint, catalogue) if config.mode == "reflection" else None
         return evaluate_ranker(
-            name, ranker_of(config, checkpoint, catalogue), catalogue, config.protocol(), config.output,
-            seed=config.seed, overwrite=config.overwrite, group=group, block=block,
+            name, ranker, catalogue, config.protocol(), config.output,
+            seed=config.seed, overwrite=config.overwrite, group=group, block=block, truth=truth,
         )  # fmt: skip
 
 
 def ranker_of(config: EvaluateConfig, checkpoint: Checkpoint, catalogue: Catalogue) -> Ranker:
     """The checkpoint asked in the config's mode."""
-    if config.mode == "direct":
-        return DirectRanker(
-            checkpoint, catalogue, config.beams, config.normaliser, config.exclude_history, config.batch_size
-        )
+    if config.mode in WITHOUT_CHAINS:
+        given = checkpoint, catalogue, config.beams, config.normaliser, config.exclude_history, config.batch_size
+        if config.mode == "reflection":
+            return ReflectionRanker(*given, config.entropy_weight, config.skip, config.reflect_on)
+        return DirectRanker(*given)
     given = {
         "sampling": config.sampling(), "normaliser": config.normaliser, "exclude_history": config.exclude_history,
         "keep_chains": config.keep_chains, "seed": config.seed, "batch_size": config.batch_size,

@@ -1,5 +1,9 @@
-"""Recall and NDCG of constrained beams on fixed validation users, in place of a loss: what chooses an epoch."""
+"""Recall and NDCG of constrained beams on fixed validation users, in place of a loss: what chooses an epoch.
 
+A model that reflects is judged by what it makes of its beams.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +14,11 @@ from recllm import metrics
 from recllm.catalogue import Catalogue
 from recllm.checkpoint import Checkpoint
 from recllm.decoding import Decoder
+from recllm.decoding.reflecting import Reflector
 from recllm.errors import UserError
+from recllm.objectives.grc import first_divergence
 from recllm.prompting import PromptStyle
+from recllm.reflection import Reflection
 from recllm.tokenization import ItemTokens
 
 
@@ -38,20 +45,57 @@ class Validation:
         prompts = writer.ids(cases["history"].to_list())
         return cls(checkpoint.tokens, prompts, targets, writer.prefix, min(beams, len(table)))
 
-    def ranks(self, model: PreTrainedModel, share: slice = slice(None)) -> Tensor:
-        """Rank of the target for the users of `share`. (P,)"""
+    def values(self, model: PreTrainedModel, share: slice = slice(None)) -> dict[str, Tensor]:
+        """Each figure of the users of `share`. (P,) each, at least 0"""
         found = Decoder(model, self.tokens, prefix=self.prefix).beams(self.prompts[share], self.beams)
-        return metrics.ranks(found.rows, self.targets[share])
+        return of_lists(found.rows, self.targets[share])
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        return figures(self.ranks(model))
+        return means(self.values(model))
 
 
-def figures(ranks: Tensor) -> dict[str, float]:
-    return {
-        "recall@10": float(metrics.recall_at_k(ranks, 10).mean()),
-        "ndcg@10": float(metrics.ndcg_at_k(ranks, 10).mean()),
-    }
+@dataclass(frozen=True, eq=False)
+class ReflectingValidation(Validation):
+    """The same figures of the corrected lists, and how often the place of the first error is said right."""
+
+    reflection: Reflection
+    entropy_weight: float = 0.2
+    skip: bool = True
+
+    @classmethod
+    def of(
+        cls, catalogue: Catalogue, checkpoint: Checkpoint, style: PromptStyle, users: int, beams: int,
+        reflection: Reflection | None = None, entropy_weight: float = 0.2, skip: bool = True,
+    ) -> "ReflectingValidation":  # fmt: skip
+        """`reflection`: of a model that is yet to be taught; None: the checkpoint's own."""
+        direct = Validation.of(catalogue, checkpoint, style, users, beams)
+        return cls(
+            **vars(direct), reflection=reflection or checkpoint.reflection, entropy_weight=entropy_weight, skip=skip
+        )
+
+    def values(self, model: PreTrainedModel, share: slice = slice(None)) -> dict[str, Tensor]:
+        decoder = Decoder(model, self.tokens, prefix=self.prefix)
+        found = Reflector(decoder, self.reflection.tokens).scheduled(
+            self.prompts[share], self.beams, entropy_weight=self.entropy_weight, skip=self.skip
+        )
+        targets = self.targets[share]
+        values = of_lists(found.found.rows, targets)
+        if not self.reflection.template.labels:
+            return values
+        codes = torch.tensor(self.tokens.table.codes).long()[targets]  # (P, L)
+        said = found.labels[:, :10, 0] + 1 == first_divergence(found.drafts.codes[:, :10], codes)
+        there = found.drafts.rows[:, :10] >= 0
+        return values | {"acc_loc@10": (said & there).sum(1).double() / there.sum(1).clamp(min=1)}
+
+
+def of_lists(rows: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """(P, B), (P,) -> (P,) each"""
+    ranks = metrics.ranks(rows, targets)
+    return {"recall@10": metrics.recall_at_k(ranks, 10), "ndcg@10": metrics.ndcg_at_k(ranks, 10)}
+
+
+def means(values: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(value.mean()) for name, value in values.items()}
 
 
 class EvaluatesByDecoding:
@@ -71,7 +115,9 @@ class EvaluatesByDecoding:
         count, index = accelerator.num_processes, accelerator.process_index
         if count == 1:
             return self.validation(model)
-        ranks = self.validation.ranks(model, slice(index, None, count)).to(accelerator.device)
-        ranks = accelerator.pad_across_processes(ranks, pad_index=-1)  # no rank is negative
-        gathered = accelerator.gather(ranks).cpu()
-        return figures(gathered[gathered >= 0])
+        found = {}
+        for name, value in self.validation.values(model, slice(index, None, count)).items():
+            padded = accelerator.pad_across_processes(value.to(accelerator.device), pad_index=-1)  # none is negative
+            gathered = accelerator.gather(padded).cpu()
+            found[name] = gathered[gathered >= 0]
+        return means(found)
