@@ -132,7 +132,7 @@ class Catalogue:
         events = self.interactions.filter(pl.col("split") == "train")
         past = events.select(pl.int_range(pl.len()).over("user")).to_series()  # training events of the user before it
         wanted = past > 0 if rl_share is None else kept_for_rl(events, rl_share)
-        return self._with_histories(events, wanted, past, max_history)
+        return self.with_histories(events, wanted, past, max_history)
 
     def targets(self, split: Split, max_history: int | None = None) -> pl.DataFrame:
         """user, position, item, behaviour, history, history_behaviours: one row for each target of `split`.
@@ -141,9 +141,9 @@ class Catalogue:
         was set when the data was prepared (--max_history), so that every model sees as much of the past.
         """
         events = self.interactions
-        return self._with_histories(events, events["split"] == split, events["position"], max_history)
+        return self.with_histories(events, events["split"] == split, events["position"], max_history)
 
-    def _with_histories(
+    def with_histories(
         self, events: pl.DataFrame, wanted: pl.Series, past: pl.Series, max_history: int | None
     ) -> pl.DataFrame:
         """The wanted of these events, each with what came before it. `past`: how many events of its user that are."""

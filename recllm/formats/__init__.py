@@ -12,6 +12,7 @@ from recllm.formats.native import Jsonl, Parquet
 from recllm.formats.recbole import RecBole
 from recllm.formats.records import EVENT_COLUMNS, BadLines, Reader
 from recllm.formats.s3rec import S3Rec
+from recllm.formats.shops import JData, RetailRocket, Taobao, Tmall
 
 __all__ = ["EVENT_COLUMNS", "FORMATS", "BadLines", "Reader", "by_name"]
 
@@ -26,6 +27,10 @@ FORMATS: dict[str, Reader] = {
         S3Rec(),
         LCRec(),
         MiniOneRec(),
+        RetailRocket(),
+        Tmall(),
+        Taobao(),
+        JData(),
     )
 }
 

@@ -64,10 +64,12 @@ def _prepare(config: PrepareConfig, made: Path) -> dict:
     with console.status("splitting and writing"):
         splitting.check(config, staged.timed, buckets)
         boundaries = splitting.time_boundaries(buckets, config) if config.split == "time" else None
+        converts = splitting.conversions(config, staged) if config.split == "conversion" else None
         label = {
             "leave-one-out": splitting.leave_one_out,
             "official": splitting.official,
             "time": lambda ordered: splitting.by_time(ordered, *boundaries),
+            "conversion": lambda ordered: splitting.by_conversion(ordered, converts(ordered)),
         }[config.split]
         written = writing.write_events(made, staged, buckets, label)
         splitting.refuse_empty(config, written.splits)

@@ -28,12 +28,19 @@ class PrepareConfig:
     user_core: int = field(default=5, metadata={"help": "Fewest events of a user. Iterated with item_core; 1: off."})
     item_core: int = field(default=5, metadata={"help": "Fewest events of an item. Iterated with user_core; 1: off."})
 
-    split: Literal["leave-one-out", "time", "official"] = field(
+    split: Literal["leave-one-out", "time", "official", "conversion"] = field(
         default="leave-one-out",
         metadata={
             "help": "leave-one-out: a user's last event is the test target, the one before it validation. time: by "
-            "valid_from and test_from, or by shares. official: as the files say."
+            "valid_from and test_from, or by shares. official: as the files say. conversion: a user's last event of "
+            "target_behaviour is the test target, the one before it of that kind validation."
         },
+    )
+    target_behaviour: str = field(
+        default="pay", metadata={"help": "conversion: the behaviour that is recommended for."}
+    )
+    held_out_share: float = field(
+        default=1.0, metadata={"help": "conversion: share of the users who have a test target, drawn by id."}
     )
     valid_from: float | None = field(default=None, metadata={"help": "time: first timestamp of validation."})
     test_from: float | None = field(default=None, metadata={"help": "time: first timestamp of test."})
@@ -78,6 +85,10 @@ class PrepareConfig:
             raise UserError(f"valid_from {self.valid_from} is not before test_from {self.test_from}")
         if self.valid_from is not None and self.split != "time":
             raise UserError(f"valid_from has no meaning in a {self.split} split", fix="add --split time")
+        if not 0 < self.held_out_share <= 1:
+            raise UserError(f"held_out_share is {self.held_out_share}", fix="a share above 0 and up to 1, such as 0.3")
+        if self.held_out_share < 1 and self.split != "conversion":
+            raise UserError(f"held_out_share has no meaning in a {self.split} split", fix="add --split conversion")
         for pair in self.rename:
             if pair.count("=") != 1 or pair.startswith("=") or pair.endswith("="):
                 raise UserError(f"rename: {pair!r} is not old=new", fix="--rename purchase=pay")
@@ -91,4 +102,6 @@ class PrepareConfig:
     def fingerprinted(self) -> dict:
         """The settings that decide the result: where it is written and how much memory it takes do not."""
         skip = {"output", "name", "interactions", "items", "bucket_events", "overwrite"}
+        if self.split != "conversion":  # a folder made before there were these settings is the same
+            skip |= {"target_behaviour", "held_out_share"}
         return {name: value for name, value in vars(self).items() if name not in skip}

@@ -1,12 +1,14 @@
 """Which events may be learnt from, which are validation and which are test targets."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from recllm.errors import UserError
+from recllm.files import digest
 from recllm.preparation.config import PrepareConfig
-from recllm.preparation.staging import NO_SPLIT, SPLITS, read_bucket
+from recllm.preparation.staging import NO_SPLIT, SPLITS, Staged, read_bucket
 
 TRAIN, VALID, TEST, NONE = range(4)
 SHORTEST = 3  # leave-one-out: one event to learn from, one to validate, one to test
@@ -71,6 +73,55 @@ def official(ordered: np.ndarray) -> np.ndarray:
     return _with_a_history(ordered, split)
 
 
+def by_conversion(ordered: np.ndarray, conversion: np.ndarray) -> np.ndarray:
+    """A user's last conversion: test; the one before it: valid; what came before both trains.
+
+    What came after the validation target is nothing to learn from: its history would show the target. Users without a
+    conversion only train.   `conversion` (E,) bool: is the event one that may be held out?
+    """
+    starts = np.flatnonzero(np.r_[True, ordered["user"][1:] != ordered["user"][:-1]])
+    lengths = np.diff(np.r_[starts, len(ordered)])
+    before = np.r_[0, np.cumsum(conversion)]  # (E + 1,) of all users
+    total = np.repeat(before[starts + lengths] - before[starts], lengths)
+    left = np.repeat(before[starts + lengths], lengths) - before[:-1]  # conversions of the user from this event on
+    split = np.where(left >= np.minimum(total, 2), TRAIN, NONE).astype(np.uint8)
+    split[conversion & (left == 1)] = TEST
+    split[conversion & (left == 2)] = VALID
+    return _with_a_history(ordered, split)
+
+
+def held_out_draw(user: str) -> float:
+    """A number in [0, 1) of the user's id and nothing else; below the share, conversions of the user are held out."""
+    return int(digest("recllm held_out_share", user)[:13], 16) / 16**13
+
+
+def conversions(config: PrepareConfig, staged: Staged) -> Callable[[np.ndarray], np.ndarray]:
+    """events (E,) -> (E,) bool: of the target behaviour, by a user of the share?"""
+    check_target(config.target_behaviour, staged.behaviours, config.interactions[0])
+    target = staged.behaviours.index(config.target_behaviour)
+    if config.held_out_share == 1:
+        return lambda events: events["behaviour"] == target
+    chosen = np.array([held_out_draw(user) < config.held_out_share for user in staged.users])
+    return lambda events: (events["behaviour"] == target) & chosen[events["user"]]
+
+
+def check_target(target: str, behaviours: list[str], file: str) -> None:
+    """There are conversions, or one sentence says what there is instead."""
+    if target in behaviours:
+        return
+    if len(behaviours) == 1:
+        raise UserError(
+            f"the data have no behaviours to tell conversions by: every event is one of {behaviours[0]!r}",
+            file=file,
+            fix="a log that says what users did, or --split leave-one-out",
+        )
+    raise UserError(
+        f"no event is a conversion: none has the behaviour {target!r}; the data have {', '.join(behaviours)}",
+        file=file,
+        fix="--target_behaviour, or --rename purchase=pay",
+    )
+
+
 def _with_a_history(ordered: np.ndarray, split: np.ndarray) -> np.ndarray:
     """A user's first event cannot be recommended from a history: it is no target, and in test time nothing to learn."""
     split[(split != TRAIN) & (positions(ordered) == 0)] = NONE
@@ -79,7 +130,14 @@ def _with_a_history(ordered: np.ndarray, split: np.ndarray) -> np.ndarray:
 
 def refuse_empty(config: PrepareConfig, counts: dict[str, int]) -> None:
     """A time or official split with an empty part is a mistake of units or dates, not a wish."""
-    if config.split != "leave-one-out" and (empty := [name for name in SPLITS[:3] if not counts.get(name)]):
+    if config.split == "conversion":
+        if empty := [name for name in ("train", "test") if not counts.get(name)]:
+            raise UserError(
+                f"the conversion split leaves no event for {' and '.join(empty)}",
+                file=config.interactions[0],
+                fix="another --held_out_share, or data with more conversions",
+            )
+    elif config.split != "leave-one-out" and (empty := [name for name in SPLITS[:3] if not counts.get(name)]):
         raise UserError(
             f"the {config.split} split leaves no event for {' and '.join(empty)}",
             file=config.interactions[0],

@@ -23,7 +23,7 @@ class Case:
     header: list[str]
     lines: list[str]
     bad: dict[str, str | bytes]  # part of the reason → the line
-    stamped: bool = True
+    time: float | None = 7.0
 
 
 def line(**fields) -> str:
@@ -139,7 +139,7 @@ CASES = [
         [],
         [f"{user} {item}" for user, item in FIVE],
         {"user has no items": "u", "not UTF-8 text": b"u \xff"},
-        stamped=False,
+        time=None,
     ),
     Case(
         "amazon_ratings",
@@ -153,6 +153,63 @@ CASES = [
             "item is empty": "u,,4.0,7",
             "has 2 of the 4 fields": "u,i",
             "not UTF-8 text": b"u,\xff,4,7",
+        },
+    ),
+    Case(
+        "retailrocket",
+        "events.csv",
+        ["timestamp,visitorid,event,itemid,transactionid"],
+        [f"7000,{user},view,{item}," for user, item in FIVE],
+        {
+            "event is none of view, addtocart, transaction: 'click'": "7000,u,click,i,",
+            "timestamp is missing": ",u,view,i,",
+            "timestamp is not a number: 'x'": "x,u,view,i,",
+            "timestamp is not a finite number: 'inf'": "inf,u,view,i,",
+            "user is empty": "7000,,view,i,",
+            "item is empty": "7000,u,view,,",
+            "has 4 fields, and there are 5 columns": "7000,u,view,i",
+            "not UTF-8 text": b"7000,\xff,view,i,",
+        },
+    ),
+    Case(
+        "tmall",
+        "user_log_format1.csv",
+        ["user_id,item_id,cat_id,seller_id,brand_id,time_stamp,action_type"],
+        [f"{user},{item},833,2882,2660,829,0" for user, item in FIVE],
+        {
+            "action_type is none of 0, 1, 2, 3: '4'": "u,i,833,2882,2660,829,4",
+            "timestamp is no day as month and day (1111): '831st'": "u,i,833,2882,2660,831st,0",
+            "timestamp is no day as month and day (1111): '931'": "u,i,833,2882,2660,931,0",
+            "timestamp is no day as month and day (1111): ''": "u,i,833,2882,2660,,0",
+            "user is empty": ",i,833,2882,2660,829,0",
+            "has 3 fields, and there are 7 columns": "u,i,833",
+        },
+        time=1409270400.0,  # 29 August 2014
+    ),
+    Case(
+        "taobao",
+        "UserBehavior.csv",
+        [],
+        [f"{user},{item},2520771,pv,7" for user, item in FIVE],
+        {
+            "behaviour is none of pv, fav, cart, buy: 'PV'": "u,i,1,PV,7",
+            "timestamp is missing": "u,i,1,pv,",
+            "timestamp is not a number: '1_0'": "u,i,1,pv,1_0",
+            "item is empty": "u,,1,pv,7",
+            "has 2 fields, and there are 5 columns": "u,i",
+        },
+    ),
+    Case(
+        "jdata",
+        "jdata_action.csv",
+        ["user_id,sku_id,action_time,module_id,type"],
+        [f"{user},{item},1970-01-01 00:00:07,8107857,1" for user, item in FIVE],
+        {
+            "type is none of 1, 2, 3, 4, 5: '6'": "u,i,1970-01-01 00:00:07,8107857,6",
+            "timestamp is no date and time (2018-03-01 09:30:00): '7'": "u,i,7,8107857,1",
+            "timestamp is no date and time (2018-03-01 09:30:00): ''": "u,i,,8107857,1",
+            "user is empty": " ,i,1970-01-01 00:00:07,8107857,1",
+            "has 4 fields, and there are 5 columns": "u,i,1970-01-01 00:00:07,1",
         },
     ),
 ]
@@ -173,7 +230,7 @@ def test_a_good_file(case, end, write, events):
     assert got["user"].to_list() == ["u1", "u2", "u3", "u4", "u5"]
     assert [item[-1] for item in got["item"]] == ["1", "2", "3", "4", "5"]
     assert got["behaviour"].null_count() == 0
-    assert got["timestamp"].to_list() == [7.0 if case.stamped else None] * 5
+    assert got["timestamp"].to_list() == [case.time] * 5
 
 
 @each_bad_line
@@ -265,6 +322,10 @@ HEADERS = [
     b'{"user": "u", "item": "i"}\n',
     b"user_id:token\titem_id:token\n",
     b"user_id,history_item_id,item_id\n",
+    b"timestamp,visitorid,event,itemid,transactionid",
+    b"timestamp,itemid,property,value",
+    b"user_id,item_id,cat_id,seller_id,brand_id,time_stamp,action_type",
+    b"user_id,sku_id,time,model_id,type,cate,brand",
 ]
 
 
