@@ -8,7 +8,7 @@ OUTPUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-data test-gpu test-vllm quality format bench bench-decoding bench-sft bench-rl bench-gpu clean
+.PHONY: help install demo test test-slow test-data test-gpu test-vllm quality format bench bench-decoding bench-sft bench-rl bench-reflection bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -83,6 +83,9 @@ bench-sft: .venv/dev.stamp  ## training: throughput, new tokens, GREAM's Table 4
 bench-rl: .venv/dev.stamp  ## a step of reinforcement learning against TRL's own (about 6 minutes; docs/performance.md)
 	@$(BIN)/python benchmarks/rl.py --output runs/bench/rl.json
 
+bench-reflection: .venv/dev.stamp  ## reflecting and correcting against plain beam search (a minute; docs/grc.md)
+	@$(BIN)/python benchmarks/reflection.py --output runs/bench/reflection.json
+
 # Nine minutes at most: each part has a limit of seconds, and one that fails does not keep the others from running.
 # PYTHON has what it has: nothing is installed, and without a package that the benchmarks need they are left out.
 bench-gpu:  ## everything that a GPU machine can check in one call, with its own torch: PYTHON=python3 make bench-gpu
@@ -93,8 +96,9 @@ bench-gpu:  ## everything that a GPU machine can check in one call, with its own
 	lacking=$$($(PYTHON) -c 'from importlib.util import find_spec as has; \
 		print(*(name for name in ("trl", "datasets", "polars") if not has(name)))'); \
 	if [ -n "$$lacking" ]; then echo "benchmarks left out: $(PYTHON) lacks $$lacking"; else \
-		part rl 225 benchmarks/rl.py --size 0.6b --output runs/bench/rl-gpu.json; \
-		part actor 105 benchmarks/actor.py --only "C=5, G=16" --output runs/bench/actor-gpu.json; \
+		part rl 215 benchmarks/rl.py --size 0.6b --output runs/bench/rl-gpu.json; \
+		part actor 95 benchmarks/actor.py --only "C=5, G=16" --output runs/bench/actor-gpu.json; \
+		part reflection 30 benchmarks/reflection.py --output runs/bench/reflection-gpu.json; \
 		part decoding 105 benchmarks/decoding.py --rounds 3 --output runs/bench/decoding-gpu.json; \
 	fi; \
 	if [ -n "$$failed" ]; then echo "failed or out of time:$$failed"; exit 1; fi

@@ -62,11 +62,11 @@ class RLShopConfig:
     show: bool = field(default=False, metadata={"help": "Only print what is there."})
 
 
-def shop(config: RLShopConfig, seed: int) -> Path:
+def shop(config: RLShopConfig, seed: int, collisions: str = "extra-level") -> Path:
     data = Path(config.output) / f"shop{seed}"
     prepare(PrepareConfig(output=str(data), format="shop", shop_items=600, shop_users=2000, seed=seed, repeats="first"))
     embed(EmbedConfig(data=str(data), seed=seed))
-    build(BuildConfig(data=str(data), levels=3, codes=32, seed=seed))
+    build(BuildConfig(data=str(data), levels=3, codes=32, collisions=collisions, seed=seed))
     tasks = ["sequence=1", "attributes_of_item=1", "items_of_category=1", "item_from_intent=1"]
     build_alignment(AlignmentConfig(data=str(data), tasks=tasks, seed=seed, rl_share=config.share), TeacherConfig())
     return data

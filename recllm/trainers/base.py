@@ -37,6 +37,7 @@ from recllm.trainers.batches import (
     Batch,
     Batching,
     actor_batch,
+    chosen,
     load_batches,
     rows_of,
     save_batches,
@@ -81,7 +82,7 @@ class RecGRPOTrainer(LogsHealth, EvaluatesByDecoding, GRPOTrainer):
         tokens, trie = checkpoint.tokens, SemanticIdTrie.from_codes(checkpoint.table.codes, checkpoint.table.sizes)
         self.scorer = AnswerScorer(
             checkpoint.model, tokens, trie, normaliser=args.normaliser, temperature=args.temperature,
-            layout=args.layout,
+            layout=args.layout, labels=source.labels,
         )  # fmt: skip
         policy = self.accelerator.unwrap_model(self.model)
         for model in (policy, self.ref_model):
@@ -177,6 +178,7 @@ class RecGRPOTrainer(LogsHealth, EvaluatesByDecoding, GRPOTrainer):
             "prompt_ids": [ids for ids in found.prompts for _ in range(group)],
             "completion_ids": found.answers,
             "logprobs": found.logps,
+            **found.facts(),
             "codes": found.codes.tolist(),
             "formed": self._formed,
             "rank": list(range(group)) * len(rows),
@@ -232,13 +234,13 @@ class RecGRPOTrainer(LogsHealth, EvaluatesByDecoding, GRPOTrainer):
         everywhere = gather_object([batching.widths])
         widths = [max(1, *some) for some in zip(*everywhere)]
         batches = [
-            actor_batch(rollouts, signal, drawn, rows, width, self._tokenizer.pad_token_id, device)
+            actor_batch(rollouts, signal, drawn, rows, width, self._tokenizer.pad_token_id, device, self.source.form)
             for rows, width in zip(batching.batches, widths)
         ]
         window = min(len(batches), args.gradient_accumulation_steps)
         active = [sum(some) for some in zip(*everywhere)]
         factors = scales(active, widths, window, self.accelerator.num_processes)
-        tokens = self.accelerator.gather(torch.stack([batch["completion_mask"].sum() for batch in batches]).sum()).sum()
+        tokens = self.accelerator.gather(torch.stack([chosen(batch).sum() for batch in batches]).sum()).sum()
         for batch, factor in zip(batches, factors):
             batch["num_items_in_batch"] = tokens
             batch["scale"] = torch.tensor(factor if self.loss_type in OVER_ROWS else 1.0, device=device)
@@ -271,7 +273,7 @@ class RecGRPOTrainer(LogsHealth, EvaluatesByDecoding, GRPOTrainer):
 
     def _logps(self, model, batch: Batch) -> Tensor:
         with self.accelerator.autocast():
-            return model(answer_rows=rows_of(batch), entropy=False)[0]
+            return model(answer_rows=rows_of(batch, self.source.form), entropy=False)[0]
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **_
@@ -280,7 +282,7 @@ class RecGRPOTrainer(LogsHealth, EvaluatesByDecoding, GRPOTrainer):
         if self._answering:
             return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
         with self.accelerator.autocast():
-            logps, entropies = model(answer_rows=rows_of(self._batch), entropy=compute_entropy)
+            logps, entropies = model(answer_rows=rows_of(self._batch, self.source.form), entropy=compute_entropy)
         self._logps_now = logps.detach()
         return logps, entropies, None
 
@@ -291,7 +293,7 @@ class RecGRPOTrainer(LogsHealth, EvaluatesByDecoding, GRPOTrainer):
         loss = super()._compute_loss(model, inputs) * inputs["scale"]
         self.health.amount("actor/tokens", self.scorer.tokens_run)
         if "old_per_token_logps" in inputs:
-            mask = inputs["completion_mask"]
+            mask = chosen(inputs)
             self.health.share("ppo_kl", ((inputs["old_per_token_logps"] - self._logps_now) * mask).sum(), mask.sum())
         return loss
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recllm.actor import AnswerRows
 from recllm.files import write_whole
+from recllm.reflection import NOTHING, Form
 from recllm.trainers.groups import RolloutGroups, Rollouts, Signal
 
 Batch = dict[str, Any]  # tensors, and the AnswerRows made of them
@@ -47,14 +48,16 @@ class Batching:
 
 
 def actor_batch(
-    rollouts: Rollouts, signal: Signal, drawn: Tensor, rows: Sequence[int], width: int, pad: int, device: torch.device
-) -> Batch:
+    rollouts: Rollouts, signal: Signal, drawn: Tensor, rows: Sequence[int], width: int, pad: int, device: torch.device,
+    form: Form | None = None,
+) -> Batch:  # fmt: skip
     """The answers `rows` and inert rows up to `width`.   `drawn` (R,) bool: was the answer the policy's own?"""
     inert = [rows[-1] if rows else 0] * (width - len(rows))  # whose prompt is there already, without its answer
     places = [*rows, *inert]
     answers = [rollouts.answers[row] for row in rows] + [[] for _ in inert]
     prompts = [rollouts.prompts[row // rollouts.group] for row in places]
-    longest = max(2, *map(len, answers))  # TRL's figures take a width of 1 for one number an answer, padding included
+    # At least 2: TRL's figures take a width of 1 for one number an answer, padding included.
+    longest = form.places if form else max(2, *map(len, answers))
     advantages = signal.advantages.flatten(0, 1)[places]  # (R,) or (R, T)
     if advantages.dim() == 2:
         advantages = torch.nn.functional.pad(advantages, (0, longest))[:, :longest]
@@ -70,6 +73,8 @@ def actor_batch(
         # free text of the policy's own: what a sampler other than the engine has drawn
         "free": mask * drawn[places].unsqueeze(1) * (torch.arange(longest) < starts.unsqueeze(1)),
     }
+    if form is not None:  # TRL's name: what the policy chose, where `completion_mask` has all that stands there
+        batch["tool_mask"] = (form.before != NOTHING).long().expand(len(places), -1)
     if rollouts.logps is not None:
         logps = [rollouts.logps[row] for row in rows] + [[] for _ in inert]
         # What vLLM did not draw has none: TRL takes nan for no evidence.
@@ -77,12 +82,17 @@ def actor_batch(
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def rows_of(batch: Batch) -> AnswerRows:
+def rows_of(batch: Batch, form: Form | None = None) -> AnswerRows:
     """What the scorer wants to know of a batch; one object for all calls, since it remembers how the rows lie."""
     if "rows" not in batch:
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "starts")
-        batch["rows"] = AnswerRows(*(batch[name] for name in names))
+        batch["rows"] = AnswerRows(*(batch[name] for name in names), form=form)
     return batch["rows"]
+
+
+def chosen(batch: Batch) -> Tensor:
+    """The tokens that the loss is over. (R, T)"""
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
 def padded(rows: Sequence[Sequence[float]], value: float, left: bool = False, width: int | None = None) -> Tensor:

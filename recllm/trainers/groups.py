@@ -14,7 +14,10 @@ from recllm.objectives.group import group_normalised, has_signal, is_hit
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
-    """Answers to prompts, parsed once. An answer is what the policy chose: no end token, no closing tag."""
+    """Answers to prompts, parsed once. An answer is what the policy chose: no end token, no closing tag.
+
+    Where the trainer's `form` says so, tokens that were given to the policy stand among them.
+    """
 
     prompts: list[list[int]]  # P, token ids
     answers: list[list[int]]  # R, token ids; the codes of an item stand at the end
@@ -37,9 +40,13 @@ class Rollouts:
         """Does the answer name an item? (R,) bool"""
         return self.codes[:, 0] >= 0
 
+    def rows_at(self, places: Sequence[int]) -> list[int]:
+        """The answers of these groups."""
+        return [place * self.group + row for place in places for row in range(self.group)]
+
     def take(self, places: Sequence[int]) -> "Rollouts":
         """The groups at these places."""
-        rows = [place * self.group + row for place in places for row in range(self.group)]
+        rows = self.rows_at(places)
         logps = None if self.logps is None else [self.logps[row] for row in rows]
         return Rollouts(
             [self.prompts[place] for place in places], [self.answers[row] for row in rows],
@@ -55,11 +62,15 @@ class Rollouts:
             logps[row] = [0.0] * len(ids)
         return replace(self, answers=answers, starts=starts, codes=new, logps=logps)
 
+    def facts(self) -> dict[str, list]:
+        """What rewards are told of an answer beside its codes, one entry an answer."""
+        return {}
+
     @classmethod
     def joined(cls, parts: Sequence["Rollouts"]) -> "Rollouts":
         """Groups of several calls, in order."""
         drawn = all(part.logps is not None for part in parts)
-        return cls(
+        return Rollouts(
             [ids for part in parts for ids in part.prompts], [ids for part in parts for ids in part.answers],
             [start for part in parts for start in part.starts], torch.cat([part.codes for part in parts]),
             [logps for part in parts for logps in part.logps] if drawn else None,
@@ -86,7 +97,7 @@ class RolloutGroups:
     def exchanged(self, out: Sequence[int], others: "RolloutGroups", into: Sequence[int]) -> "RolloutGroups":
         """With the groups `into` of `others` in place of the first of the groups `out`."""
         both = RolloutGroups(
-            Rollouts.joined([self.rollouts, others.rollouts]), torch.cat([self.targets, others.targets]),
+            type(self.rollouts).joined([self.rollouts, others.rollouts]), torch.cat([self.targets, others.targets]),
             torch.cat([self.rewards, others.rewards]), self.rows + others.rows, self.keys + others.keys,
         )  # fmt: skip
         order = list(range(len(self.rows)))

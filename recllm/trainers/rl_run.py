@@ -6,8 +6,10 @@
 import copy
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from datasets import Dataset
 from transformers import Trainer
@@ -53,6 +55,7 @@ class Method:
     name: str  # in recllm.json
     trainer: type[Trainer]
     papers: tuple[str, ...]
+    kind: ClassVar[str] = "rl"  # the part of recllm.json that says how it was trained
 
     def check(self, data: RLData, training: RecGRPOConfig) -> None:
         if training.use_vllm and data.mode == "direct":
@@ -65,6 +68,25 @@ class Method:
             )
         if training.sampling != "samples" and data.mode != "direct":
             raise UserError(f"sampling {training.sampling} is of direct answers alone", fix="--mode direct, or samples")
+
+    def content(self, data: RLData, catalogue: Catalogue) -> list[str]:
+        """What the data is, whatever its folders are called."""
+        return [catalogue.fingerprint, repr(sorted(vars(data).items() - {("data", data.data)}))]
+
+    def start_of(self, run: Run, data: RLData) -> Checkpoint:
+        """What training begins with."""
+        return run.start()
+
+    def prompts_of(self, run: Run, data: RLData, start: Checkpoint, catalogue: Catalogue) -> Dataset:
+        """A row is a prompt and its target."""
+        return rl_prompts(
+            catalogue, start, which=data.rl_targets, mode=data.mode, limit=data.limit, seed=run.training.seed,
+            new_tokens=self.new_tokens(data, run.training, start.table.levels),
+        )  # fmt: skip
+
+    def validation_of(self, run: Run, start: Checkpoint, catalogue: Catalogue) -> Validation:
+        users, beams = run.training.validation_users, run.training.validation_beams
+        return Validation.of(catalogue, start, start.style, users, beams)
 
     def rows_at_a_time(self, training: RecGRPOConfig) -> int:
         """Prompts that a step generates answers for."""
@@ -88,6 +110,10 @@ class Method:
             start, training, prompts, source, rewards, validation, peft_config=lora_of(start.model, run.model)
         )
 
+    def parts_of(self, trainer: Trainer) -> Callable[[Path], None] | None:
+        """What writes into the finished folder what else the trainer has made; called before the model is saved."""
+        return None
+
 
 def run_rl(method: Method, data: RLData, training: RecConfig, model: ModelConfig) -> Path | None:
     """Train into `output_dir`, or leave it when the same was trained there. Killed and run again, it goes on.
@@ -98,8 +124,8 @@ def run_rl(method: Method, data: RLData, training: RecConfig, model: ModelConfig
     method.check(data, training)
     with processes() as group:
         catalogue = Catalogue.load(data.data)
-        content = [method.name, catalogue.fingerprint, repr(sorted(vars(data).items() - {("data", data.data)}))]
-        run = Run.of("rl", training, model, group, None, *content, *scorer_of(training))
+        content = [method.name, *method.content(data, catalogue), *scorer_of(training)]
+        run = Run.of(method.kind, training, model, group, None, *content)
         if run.done():
             if group.first:
                 console.print(f"{run.output} is trained already, from the same data with the same settings.")
@@ -134,13 +160,10 @@ def check(data: RLData, training: RecConfig, model: ModelConfig) -> None:
 
 def train(run: Run, method: Method, data: RLData, catalogue: Catalogue) -> None:
     settings = plain(settings_of(run, data))  # now: making a config resets accelerate's state, which saving needs
-    start = run.start()
+    start = method.start_of(run, data)
     shapes = shapes_of(start)
-    prompts = prompts_of(run, method, data, start, catalogue)
-    validation = None
-    if run.training.validation_users:
-        users, beams = run.training.validation_users, run.training.validation_beams
-        validation = Validation.of(catalogue, start, start.style, users, beams)
+    prompts = enough(method.prompts_of(run, data, start, catalogue), run, method)
+    validation = method.validation_of(run, start, catalogue) if run.training.validation_users else None
     trainer = trainer_of(run, method, data, start, prompts, validation)
     steps = last_whole_step(run.work / "steps", run.group) if run.resumes else None
     with quiet():  # Trainer takes a tied head for missing when it loads the best evaluation
@@ -148,7 +171,7 @@ def train(run: Run, method: Method, data: RLData, catalogue: Catalogue) -> None:
     report = {
         "method": method.name,
         "papers": sorted({*start.report.get("papers", []), *method.papers}),
-        "rl": {
+        method.kind: {
             "made_of": run.made_of,
             "settings": settings,
             "start": start.weights,
@@ -157,7 +180,7 @@ def train(run: Run, method: Method, data: RLData, catalogue: Catalogue) -> None:
             "log": [without_nan(entry) for entry in trainer.state.log_history],
         },
     }
-    save(run, trainer, start, shapes, report)
+    save(run, trainer, start, shapes, report, method.parts_of(trainer))
 
 
 def without_nan(entry: dict) -> dict:
@@ -172,11 +195,7 @@ def scorer_of(training: RecConfig) -> list[str]:
     return [sha256_file(path) for path in sorted(Path(folder).glob("*.safetensors"))] if folder else []
 
 
-def prompts_of(run: Run, method: Method, data: RLData, start: Checkpoint, catalogue: Catalogue) -> Dataset:
-    prompts = rl_prompts(
-        catalogue, start, which=data.rl_targets, mode=data.mode, limit=data.limit, seed=run.training.seed,
-        new_tokens=method.new_tokens(data, run.training, start.table.levels),
-    )  # fmt: skip
+def enough(prompts: Dataset, run: Run, method: Method) -> Dataset:
     at_a_time = method.rows_at_a_time(run.training)
     if len(prompts) < at_a_time:
         raise UserError(

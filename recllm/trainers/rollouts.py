@@ -74,6 +74,8 @@ class RolloutSource:
     settings: RolloutSettings
     vllm: ChainWriter | None = None  # writes the chains in place of the model itself
 
+    form, labels = None, ()  # an answer's tokens follow each other, and are text and codes
+
     @classmethod
     def of(
         cls, checkpoint: Checkpoint, settings: RolloutSettings, vllm: ChainWriter | None = None,
