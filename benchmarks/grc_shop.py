@@ -3,10 +3,11 @@
     python benchmarks/grc_shop.py --output runs/grc_shop                 (about an hour on 2 quiet CPU cores)
 
 For each seed: a shop, an index whose items are all equally deep, a tiny Qwen3 trained on whole sequences (TIGER-style);
-its drafts of every training event; then the supervised stage with reflection (GRC) and without (GC), and reinforcement
-learning on the targets that were kept out, with all of the reward and with each of its terms left out. `gone on` trains
-the start on the same events for as many steps as the supervised stages, without a draft: what more training alone does.
-Settings were chosen on validation users of seed 0 (docs/grc.md); test users are looked at once. Interrupted, the same
+its drafts of every event it was trained on; then the supervised stage with reflection (GRC) and without (GC), and
+reinforcement learning on the targets that were kept out of all that, with the whole reward and with each of its terms
+left out. `gone on` trains the start on the same events for as many steps as the supervised stages, without a draft:
+what more training alone does. `classifier` is no model of ours: boosted trees that are given a draft's rank, score and
+share of the beams, learnt on validation users: about what can be known of a draft here at all. Interrupted, the same
 command goes on.
 """
 
@@ -14,14 +15,21 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.table import Table
 from rl_shop import shop, start_of
 from trl import ModelConfig
 
 from recllm import launch
+from recllm.attributes import ItemAttributes, attributes_of
+from recllm.catalogue import Catalogue
+from recllm.checkpoint import Checkpoint
+from recllm.decoding import Decoder
+from recllm.errors import UserError
 from recllm.evaluation.stage import EvaluateConfig, evaluate
 from recllm.files import read_object, write_json
 from recllm.mixtures.reflection import ReflectionConfig, build_reflection
+from recllm.objectives.grc import first_divergence
 from recllm.trainers.exact import ExactConfig
 from recllm.trainers.exact_run import run_exact
 from recllm.trainers.grc import GRCSettings
@@ -35,6 +43,7 @@ LEFT_OUT = {
     "w/o R_task": {"task_weight": 0.0}, "w/o R_cor": {"beta_cor": 0.0}, "w/o R_loc": {"beta_loc": 0.0},
     "w/o R_sem": {"beta_sem": 0.0}, "w/o R_Δ": {"beta_delta": 0.0}, "ReCast's boundary": {"contrast": "boundary"},
 }  # fmt: skip
+CLASSIFIER = "classifier"
 METHODS = (START, MORE, GC, SFT, RL, NO_EGRS, *LEFT_OUT)
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@50")
 SLOTS = ("loc", "categories", "brand")
@@ -60,6 +69,10 @@ class GRCShopConfig:
     split: str = field(default="test", metadata={"help": "valid, to choose settings by."})
     show: bool = field(default=False, metadata={"help": "Only print what is there."})
 
+    def __post_init__(self):
+        if unknown := set(self.methods) - set(METHODS):
+            raise UserError(f"{unknown.pop()!r} is no row", fix=f"some of {', '.join(METHODS)}")
+
 
 def train(config: GRCShopConfig, data: Path, method: str, seed: int) -> Path:
     common = {"output_dir": str(data / slug(method)), "seed": seed, "bf16": False, "report_to": "none"}
@@ -71,7 +84,7 @@ def train(config: GRCShopConfig, data: Path, method: str, seed: int) -> Path:
     start = ModelConfig(model_name_or_path=str(data / "sft"))
     if method == MORE:
         weights = {"hit_weight": 0.0, "log_weight": 1.0, "kl_weight": 0.0, "normaliser": "full"}
-        return run_exact(RLData(data=str(data), rl_targets="all"), ExactConfig(**supervised, **weights), start)
+        return run_exact(RLData(data=str(data), rl_targets="trained"), ExactConfig(**supervised, **weights), start)
     if method in (GC, SFT):
         given = GRCData(data=str(data), drafts=str(data / "reflection"))
         return run_grc_sft(given, GRCSFTConfig(**supervised, reflection=method == SFT), start)
@@ -102,6 +115,35 @@ def measure(config: GRCShopConfig, data: Path, method: str, model: Path, seed: i
     return found
 
 
+def classifier(config: GRCShopConfig, data: Path) -> dict[str, float]:
+    """Accuracy of boosted trees on the drafts of the start, learnt on validation users; of test users here."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    start, catalogue = Checkpoint.load(data / "sft", "cpu"), Catalogue.load(data)
+    decoder = Decoder(start.model, start.tokens, prefix=start.writer.prefix)
+    codes = torch.tensor(start.table.codes).long()
+    attributes = ItemAttributes.of(attributes_of(SLOTS[1:], start.items), start.items)
+    known, labels = {}, {}
+    for split in ("valid", config.split):
+        cases = catalogue.targets(split, start.style.max_history)
+        target = torch.tensor([start.table.row_of[item] for item in cases["item"].to_list()])
+        found = decoder.beams(start.writer.ids(cases["history"].to_list()), 50)
+        shares, same = found.scores.softmax(dim=1), [found.codes[..., 0], *attributes.ids[found.rows].unbind(-1)]
+        alike = [(shares.unsqueeze(1) * (one.unsqueeze(2) == one.unsqueeze(1))).sum(-1) for one in same]
+        rank = torch.arange(50.0).expand_as(found.scores)
+        known[split] = torch.stack([rank, found.scores, shares, *alike], dim=-1)  # (P, B, features)
+        right = attributes.same(found.rows, target.unsqueeze(1)).unbind(-1)
+        labels[split] = dict(zip(SLOTS, (first_divergence(found.codes, codes[target]), *right)))
+    accuracy = {}
+    for slot in SLOTS:
+        trees = HistGradientBoostingClassifier(max_iter=100, learning_rate=0.05, random_state=0)
+        trees.fit(known["valid"].flatten(0, 1), labels["valid"][slot].flatten())
+        for k in (5, 10):
+            said = trees.predict(known[config.split][:, :k].flatten(0, 1))
+            accuracy[f"acc_{slot}@{k}"] = float((said == labels[config.split][slot][:, :k].flatten().numpy()).mean())
+    return accuracy
+
+
 def slug(method: str) -> str:
     return method.replace(", ", "-").replace(" ", "-").replace("/", "").replace("'", "").replace("Δ", "delta")
 
@@ -129,14 +171,15 @@ def main(config: GRCShopConfig) -> None:
         start = start_of(config, data, seed)
         build_reflection(
             ReflectionConfig(
-                data=str(data), model=str(start), attributes=["categories", "brand"], rl_targets="all", seed=seed
+                data=str(data), model=str(start), attributes=list(SLOTS[1:]), rl_targets="trained", seed=seed
             )
         )
+        write_json(data / f"{CLASSIFIER}-{config.split}.json", classifier(config, data))
         for method in config.methods:
             model = {START: start, NO_EGRS: data / slug(RL)}.get(method) or train(config, data, method, seed)
             write_json(data / f"{slug(method)}-{config.split}.json", measure(config, data, method, model, seed))
     found = {}
-    for method in METHODS:
+    for method in (*METHODS, CLASSIFIER):
         files = [Path(config.output) / f"shop{seed}" / f"{slug(method)}-{config.split}.json" for seed in config.seeds]
         if runs := [read_object(file) for file in files if file.exists()]:
             found[method] = runs

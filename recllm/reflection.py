@@ -74,6 +74,12 @@ class Template:
                 "no attribute to reflect on: K = 0", fix="attributes: [categories], or another column of the items"
             )
         twice = {name for name in self.attributes if self.attributes.count(name) > 1} | {LOC} & set(self.attributes)
+        names = self.new_tokens
+        if not twice and len(set(names)) < len(names):
+            raise UserError(
+                f"the attributes {', '.join(self.attributes)} have two meanings for one token",
+                fix="another column than one named reflect",
+            )
         if twice:
             raise UserError(f"two slots would be called {twice.pop()!r}", fix="each attribute once, and none named loc")
 

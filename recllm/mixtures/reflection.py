@@ -4,8 +4,9 @@ For every target B drafts by beam search, each with its labels: the first level 
 each attribute whether it is the target's. A target is a training event and never one of validation or test.
 
 Which drafts train is a policy. The paper takes all, of which nearly all go wrong at the first level. `balanced` keeps
-up to M of a target's, going round the labels from the deepest, the rarest, to the first, with the best-scored draft of
-each. Drafts of a search are distinct items, so none is there twice.
+up to M of a target's, going round the labels from the deepest, the rarest, to the first, with a draft of each drawn by
+seed. Drawn, since the best-scored of each label would look alike: a draft's score, which says most about its label,
+would say nothing any more. Drafts of a search are distinct items, so none is there twice.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from recllm.attributes import Attribute, ItemAttributes, attributes_of
 from recllm.catalogue import Catalogue
 from recllm.checkpoint import Checkpoint
 from recllm.decoding import Answers, Decoder
+from recllm.decoding.decoder import generator_of
 from recllm.errors import UserError
 from recllm.files import digest
 from recllm.mixtures.store import Mixture, already_made, save_mixture
@@ -38,7 +40,7 @@ from recllm.semantic_ids.of_data import index_of
 
 KIND = "reflection"
 COMMAND = "data_prep/build_reflection.py"
-VERSION = 1  # of what is written; a change of it makes the data anew
+VERSION = 2  # of what is written; a change of it makes the data anew
 BLOCK = 512  # prompts between two steps of the progress bar
 UNKNOWN = -1  # label of an attribute of which the target's value is not known: not trained on
 FEATURES = Features(
@@ -74,10 +76,12 @@ class ReflectionConfig:
     )
     rl_targets: Which = field(
         default="held_out",
-        metadata={"help": "Targets that the model's training kept out (--rl_share), or every training event."},
+        metadata={
+            "help": "Targets that the model's training kept out (--rl_share), those that it saw, or all of them."
+        },
     )
     limit: int | None = field(default=None, metadata={"help": "So many targets, drawn by seed. Default: all."})
-    seed: int = field(default=0, metadata={"help": "Of the draw of targets; beams draw nothing."})
+    seed: int = field(default=0, metadata={"help": "Of the draws of targets and of the drafts that train."})
     batch_size: int | None = field(default=None, metadata={"help": "Prompts at once. Default: what memory allows."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1 … Default: a GPU if there is one."})
     overwrite: bool = field(default=False, metadata={"help": "Replace reflection data of other settings."})
@@ -160,6 +164,7 @@ def build_reflection(config: ReflectionConfig) -> ReflectionData:
         "start": {"name": checkpoint.name, "weights": checkpoint.weights},
         "settings": _settings(config),
         "prompt": dataclasses.asdict(checkpoint.style),
+        "tokens": written_with(checkpoint),
         "attributes": [attribute.as_json() for attribute in attributes],
         "missing": dict(zip(known.names, (known.ids < 0).sum(0).tolist())),  # items of which it is not known
         **reflection_counts(labelled, table.levels, known.names),
@@ -178,6 +183,12 @@ def item_attributes(attributes: Sequence[Attribute], checkpoint: Checkpoint) -> 
             fix="build the model again from the data as they are now (data_prep/build_model.py), or another attribute",
         )
     return ItemAttributes.of(attributes, checkpoint.items)
+
+
+def written_with(checkpoint: Checkpoint) -> str:
+    """Which tokens prompts are made of: another tokenizer would read their ids as other words."""
+    ids = [checkpoint.writer.prefix, *(level.tolist() for level in checkpoint.tokens.levels)]
+    return digest(*map(repr, map(list, ids)))
 
 
 def check_index(table: SemanticIdTable) -> None:
@@ -206,30 +217,35 @@ def find_drafts(
             asked = prompts[start : start + BLOCK]
             rows = torch.tensor([checkpoint.table.row_of[item] for item in asked["item"]])
             found = decoder.beams(asked["prompt_ids"], config.drafts, only)
-            blocks.append(label(found, torch.tensor(asked["target"]), rows, known, keep))
+            whose = zip(asked["user"], asked["position"])
+            draws = [torch.rand(config.drafts, generator=generator_of(config.seed, *target)) for target in whose]
+            blocks.append(label(found, torch.tensor(asked["target"]), rows, known, keep, torch.stack(draws)))
             batches.append(_rows(asked, found, blocks[-1]))
             advance(len(rows))
     return pa.Table.from_batches(batches), blocks
 
 
-def label(found: Answers, target: Tensor, target_rows: Tensor, known: ItemAttributes, keep: int | None) -> Labelled:
-    """Drafts (P, B), targets as codes (P, L) and as rows (P,); keep None: every draft trains."""
+def label(
+    found: Answers, target: Tensor, target_rows: Tensor, known: ItemAttributes, keep: int | None, draws: Tensor
+) -> Labelled:
+    """Drafts and draws (P, B), targets as codes (P, L) and as rows (P,); keep None: every draft trains."""
     there = found.rows >= 0  # (P, B)
     loc = first_divergence(found.codes, target).masked_fill(~there, 0)
     target_rows = target_rows.unsqueeze(1)  # (P, 1)
     same = known.same(found.rows, target_rows).long().masked_fill(known.ids_of(target_rows) < 0, UNKNOWN)
-    kept = there if keep is None else there & (balanced_ranks(loc, target.size(1)) < keep)
+    kept = there if keep is None else there & (balanced_ranks(loc, target.size(1), draws) < keep)
     return Labelled(loc.to(torch.int8), same.to(torch.int8), kept)
 
 
-def balanced_ranks(loc: Tensor, levels: int) -> Tensor:
-    """Each draft's place when one goes round the labels, L + 1 first, and takes the best of each.   (P, B) -> (P, B)
+def balanced_ranks(loc: Tensor, levels: int, draws: Tensor) -> Tensor:
+    """Each draft's place when one goes round the labels, L + 1 first, and takes one of each.   (P, B) × 2 -> (P, B)
 
-    Drafts stand best first. [1, 1, 3, 1, 2, 3] of L = 2: first the best of labels 3, 2, 1, then the second of 3 and of
-    1, then the third of 1: [2, 4, 0, 5, 1, 3]. Drafts of label 0 are none, and come after all others.
+    Of a label the draft with the smallest draw comes first. [1, 1, 3, 1, 2, 3] of L = 2 with ascending draws: the first
+    of labels 3, 2, 1, then the second of 3 and of 1, then the third of 1: [2, 4, 0, 5, 1, 3]. Drafts of label 0 are
+    none, and come after all others.
     """
     alike = loc.unsqueeze(2) == loc.unsqueeze(1)  # (P, B, B)
-    round_ = alike.tril(-1).sum(dim=2)  # how many of the same label are before it
+    round_ = (alike & (draws.unsqueeze(1) < draws.unsqueeze(2))).sum(dim=2)  # how many of the same label are before it
     turn = torch.where(loc > 0, round_ * (levels + 1) + levels + 1 - loc, round_.size(1) * (levels + 1))
     return turn.argsort(dim=1, stable=True).argsort(dim=1)
 
@@ -268,4 +284,7 @@ def _rows(asked: dict, found: Answers, labelled: Labelled) -> pa.RecordBatch:
 def _settings(config: ReflectionConfig) -> dict:
     """What the data are a function of, beside data, index, model and attributes."""
     names = ["drafts", "policy", "rl_targets", "limit", *(["keep"] if config.policy == "balanced" else [])]
-    return {name: getattr(config, name) for name in [*names, *(["seed"] if config.limit else [])]}
+    return {
+        name: getattr(config, name)
+        for name in [*names, *(["seed"] if config.limit or config.policy == "balanced" else [])]
+    }

@@ -22,7 +22,7 @@ from recllm.progress import progress
 from recllm.prompting import PromptStyle
 from recllm.semantic_ids import SemanticIdTable
 
-Which = Literal["held_out", "all"]
+Which = Literal["held_out", "trained", "all"]
 Mode = Literal["direct", "reason", "joint"]
 BATCH = 5_000  # prompts tokenised at a time
 FEATURES = Features(
@@ -46,7 +46,7 @@ class TargetsConfig:
 
     rl_targets: Which = field(
         default="held_out",
-        metadata={"help": "Targets that supervised training kept out (--rl_share), or every training event."},
+        metadata={"help": "Targets that supervised training kept out (--rl_share), those that it saw, or all of them."},
     )
     mode: Mode = field(
         default="direct", metadata={"help": "Answer at once, after reasoning, or joint: every target in both ways."}
@@ -67,10 +67,16 @@ def rl_prompts(
     limit       so many targets, a sample by `seed`
     new_tokens  what an answer may add to a prompt: a prompt that leaves no room for them is refused here
     """
-    share = share_of(catalogue, checkpoint) if which == "held_out" else None
+    share = None if which == "all" else share_of(catalogue, checkpoint)
     styles = {"direct": lambda: checkpoint.style, "reason": lambda: checkpoint.reasoning}
     styles = {name: style() for name, style in styles.items() if mode in (name, "joint")}
-    cases = catalogue.rl_targets(share, max(style.max_history for style in styles.values()))
+    longest = max(style.max_history for style in styles.values())
+    cases = catalogue.rl_targets(share, longest)
+    if which == "trained":
+        kept_out = cases.select("user", "position")
+        cases = catalogue.rl_targets(None, longest).join(
+            kept_out, on=["user", "position"], how="anti", maintain_order="left"
+        )
     if cases.is_empty():
         raise no_targets(catalogue, share)
     if limit is not None and limit < len(cases):
@@ -84,7 +90,7 @@ def rl_prompts(
                 advance(len(some))
     rows = pa.Table.from_batches(batches)
     check_lengths(rows, checkpoint, new_tokens)
-    parts = catalogue.fingerprint, checkpoint.weights, repr((share, styles, limit, seed))
+    parts = catalogue.fingerprint, checkpoint.weights, repr((which, share, styles, limit, seed))
     return Dataset(InMemoryTable(rows), fingerprint=digest("rl_prompts", *parts)[:16])
 
 

@@ -50,6 +50,13 @@ class GRCSettings(RecGRPOConfig):
                 raise UserError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         if self.contrast not in ("rank", "boundary"):
             raise UserError(f"contrast {self.contrast!r} is not one of rank, boundary")
+        weights = ("task_weight", "beta_last", "beta_cor", "beta_loc", "beta_sem", "beta_delta")
+        changed = [name for name in weights if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        if changed and self.contrast == "boundary":
+            raise UserError(
+                f"{changed[0]} weighs a reward, and the boundary goes by hits and structural scores",
+                fix="contrast: rank",
+            )
         if self.boundary_weight != 1 and self.contrast != "boundary":
             raise UserError("boundary_weight is of the boundary alone", fix="contrast: boundary, or leave it out")
         if not any(self.weights_of_parts()):

@@ -16,7 +16,7 @@ from recllm.errors import UserError
 from recllm.evaluation.validation import ReflectingValidation, Validation
 from recllm.files import read_object, require, restore_folder
 from recllm.launch import console
-from recllm.mixtures.reflection import COMMAND, ReflectionData, check_index
+from recllm.mixtures.reflection import COMMAND, ReflectionData, check_index, written_with
 from recllm.mixtures.store import REPORT
 from recllm.reflection import Reflection, ReflectionTokens, Template
 from recllm.tokenization import add_tokens, initialise, resize
@@ -58,9 +58,9 @@ class GRCSFT(Method):
 
     def prompts_of(self, run: Run, data: GRCData, start: Checkpoint, catalogue: Catalogue) -> Dataset:
         found = ReflectionData.load(data.drafts, start.table)
-        if found.style != start.style:
+        if found.style != start.style or found.report.get("tokens") != written_with(start):
             raise UserError(
-                "the drafts' prompts are written otherwise than the model's", file=data.drafts,
+                "the drafts' prompts are written in other tokens than the model's", file=data.drafts,
                 fix="build them with the checkpoint that training begins with",
             )  # fmt: skip
         if found.report["start"]["weights"] != start.weights and run.group.first:
@@ -95,7 +95,7 @@ def taught(start: Checkpoint, template: Template, attributes: Sequence[Attribute
     check_index(start.table)
     ids = add_tokens(start.tokenizer, template.new_tokens)
     resize(start.model, start.tokenizer)
-    initialise(start.model, start.tokenizer, ids, "mean", seed=seed)
+    initialise(start.model, start.tokenizer, ids, "random", seed=seed)
     tokens = ReflectionTokens.of(start.tokenizer, template)
     reflection = Reflection(template, tokens, ItemAttributes.of(attributes, start.items))
     return dataclasses.replace(start, report=start.report | {REFLECTION: reflection.as_json()})
