@@ -4,6 +4,7 @@
     python eval/evaluate.py --model … --data … --output … --mode reasoning --samples 10 --temperature 0.7 --top_p 0.9
     python eval/evaluate.py --model … --data … --output … --mode reason_then_beam --users 1000
     python eval/evaluate.py --model … --data … --output … --mode reflection --beams 20 --entropy_weight 0.2
+    python eval/evaluate.py --model … --data … --output … --mode conversion --target_behaviour pay
     torchrun --nproc_per_node 4 eval/evaluate.py --model … --data … --output …          (each takes its share of users)
 
 Writes predictions.jsonl and metrics.json. Killed and run again, it goes on where it was; run again after the end, it

@@ -77,15 +77,20 @@ class Popularity:
     counts: Tensor  # (N,) training events of each item
     item_ids: list[str]
     exclude_history: bool = False
+    behaviour: str | None = None  # the events that count; None: all
 
     @classmethod
-    def of(cls, catalogue: Catalogue, exclude_history: bool = False) -> "Popularity":
+    def of(cls, catalogue: Catalogue, exclude_history: bool = False, behaviour: str | None = None) -> "Popularity":
         items, _ = training_events(catalogue)
+        if behaviour is not None:
+            kinds = catalogue.training_sequences()["behaviours"].explode(empty_as_null=False)
+            items = items[(kinds == behaviour).to_numpy()]
         counts = torch.from_numpy(np.bincount(items, minlength=len(catalogue.items)))
-        return cls(counts, catalogue.item_ids, exclude_history)
+        return cls(counts, catalogue.item_ids, exclude_history, behaviour)
 
     def describe(self) -> dict:
-        return {"ranker": "popularity", "exclude_history": self.exclude_history}
+        about = {"ranker": "popularity", "exclude_history": self.exclude_history}
+        return about if self.behaviour is None else about | {"behaviour": self.behaviour}
 
     def rank(self, cases: pl.DataFrame, k: int) -> Ranking:
         if not self.exclude_history:

@@ -4,6 +4,7 @@ model.safetensors, config.json, tokenizer.json …   what transformers loads
 semantic_ids.json                                  item ↔ codes
 items.parquet                                      titles and facts: for people and for filters
 recllm.json                                        what it was made of, fingerprints, the prompt's style
+prefix_module.safetensors                          of a model trained for conversions: what chooses an answer's prefix
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recllm.catalogue import ITEM_COLUMNS, read_table
 from recllm.errors import UserError
 from recllm.files import read_object, write_whole
+from recllm.models.prefix_module import PrefixModule, PrefixSettings
 from recllm.pretrained import DTYPES, load_causal_lm, reason, which_model
 from recllm.prompting import PromptStyle, PromptWriter
 from recllm.reflection import Reflection
@@ -27,10 +29,24 @@ from recllm.tokenization import ItemTokens
 REPORT = "recllm.json"
 REASONING = "reasoning_prompt"  # in recllm.json, of a model that was taught to reason
 REFLECTION = "reflection"  # and of one that was taught to reflect on its drafts
+CONVERSION = "conversion"  # and of one that was trained for conversions
 TABLE = "semantic_ids.json"
 ITEMS = "items.parquet"
 LONG_TEXT = ("description", "reviews")  # not needed to name an item or to filter
 BUILD = "make one with data_prep/build_model.py"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conversion:
+    """How a model that was trained for conversions is asked for them."""
+
+    style: PromptStyle  # of an `EventWriter`
+    settings: PrefixSettings
+    module: PrefixModule | None  # what chooses the prefix; None: nothing stands before the answer
+
+    @property
+    def target_behaviour(self) -> str:
+        return self.settings.target_behaviour
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +61,7 @@ class Checkpoint:
     report: dict
     items: pl.DataFrame  # one row for each item of the table, in its order
     weights: str  # which weights: a hash of the folder's content
+    folder: Path
 
     @classmethod
     def load(
@@ -74,8 +91,9 @@ class Checkpoint:
         model, tokenizer = load_causal_lm(str(folder), dtype or "auto")
         which = which_model(str(folder))
         loaded = cls(
-            Path(name).name, model.to(device).eval(), tokenizer, table, style, report, _items(folder, table), which
-        )
+            Path(name).name, model.to(device).eval(), tokenizer, table, style, report, _items(folder, table), which,
+            folder,
+        )  # fmt: skip
         _ = loaded.tokens  # a tokenizer without the index's tokens is refused here and not at the first question
         return loaded
 
@@ -105,6 +123,35 @@ class Checkpoint:
                 fix="mode direct, or train it with recipes/grc_sft.py",
             )  # fmt: skip
         return Reflection.read(self.report[REFLECTION], self.tokenizer, self.items)
+
+    @functools.cached_property
+    def conversion(self) -> Conversion:
+        """How it is asked for conversions; a model that was not trained for them is refused."""
+        if CONVERSION not in self.report:
+            raise UserError(
+                "the model was not trained for conversions", file=self.name, fix="train it with recipes/rclrec.py"
+            )
+        said = self.report[CONVERSION]
+        if not isinstance(said, dict) or not {"settings", "prompt"} <= said.keys():
+            problem = f"{CONVERSION!r} says not how the model is asked"
+            raise UserError(problem, file=self.folder / REPORT, fix="train it with recipes/rclrec.py again")
+        settings = PrefixSettings.read(said["settings"])
+        return Conversion(PromptStyle.read(said["prompt"]), settings, self._prefix_module(settings))
+
+    def _prefix_module(self, settings: PrefixSettings) -> PrefixModule | None:
+        if settings.selection == "none":
+            return None
+        width = self.model.config.get_text_config().hidden_size
+        if settings.selection != "learned":
+            return PrefixModule(settings, width)
+        module = PrefixModule.load(self.folder)
+        if module.settings != settings or module.width != width:
+            raise UserError(
+                "the prefix module is not the one that the model was trained with",
+                file=self.folder,
+                fix="put back the file that was in the folder, or train with recipes/rclrec.py again",
+            )
+        return module.to(self.model.device).eval()
 
     def writer_of(self, style: PromptStyle) -> PromptWriter:
         return PromptWriter(style, self.table, self.tokenizer)

@@ -40,7 +40,19 @@ class RecommendConfig:
     """Settings of `recllm recommend`."""
 
     model: str = field(metadata={"help": "Checkpoint folder or Hub repository."})
-    history: list[str] = field(metadata={"help": "Items that the user took, oldest first."})
+    history: list[str] = field(
+        metadata={
+            "help": "Items that the user took, oldest first. With target_behaviour what the user did too, as "
+            "ITEM:BEHAVIOUR, such as i1:click i2:cart."
+        }
+    )
+    target_behaviour: str | None = field(
+        default=None,
+        metadata={"help": "Of a model that was trained on behaviours: what the user does with the items, such as pay."},
+    )
+    user: str | None = field(
+        default=None, metadata={"help": "target_behaviour: who asks, a name of the training data."}
+    )
     k: int = field(default=10, metadata={"help": "Items to recommend."})
     exclude: list[str] = field(default_factory=list, metadata={"help": "Items never to show."})
     exclude_history: bool = field(default=False, metadata={"help": "Show nothing that the user took already."})
@@ -66,9 +78,24 @@ class RecommendConfig:
     json: bool = field(default=False, metadata={"help": "One JSON object a line in place of the table."})
 
     def __post_init__(self):
+        if self.target_behaviour is None and self.user is not None:
+            raise UserError("user has no meaning without target_behaviour", fix="--target_behaviour pay, say")
+        if self.target_behaviour is not None and self.mode != "direct":
+            raise UserError(f"a target behaviour has no mode {self.mode}", fix="--mode direct")
+        _ = self.events
         for part in self.filter:
             if not all(part.partition("=")):
                 raise UserError(f"filter {part!r} is not column=value", fix="--filter brand=Nord")
+
+    @property
+    def events(self) -> list[tuple[str, str]]:
+        """The history as (item, behaviour); without a target behaviour none is known."""
+        if self.target_behaviour is None:
+            return [(item, "") for item in self.history]
+        parts = [event.rpartition(":") for event in self.history]
+        if bad := [event for event, (item, _, behaviour) in zip(self.history, parts) if not (item and behaviour)]:
+            raise UserError(f"event {bad[0]!r} is not ITEM:BEHAVIOUR", fix="--history i1:click i2:cart")
+        return [(item, behaviour) for item, _, behaviour in parts]
 
     def filters(self) -> dict[str, list[str]] | None:
         found: dict[str, list[str]] = {}
@@ -82,15 +109,17 @@ def recommend(config: RecommendConfig) -> None:
     """What a checkpoint recommends to a user with this history."""
     from recllm.decoding.chains import Sampling
     from recllm.recommender import Recommender
-    from recllm.summary import corrections_table, reasoning_table, recommendations_table
+    from recllm.summary import corrections_table, evidence_table, reasoning_table, recommendations_table
 
     sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens)
 
     recommender = Recommender.from_pretrained(config.model)
-    recommender.writer.check(config.history)
-    exclude = [*config.exclude, *(config.history if config.exclude_history else [])]
+    target, items = config.target_behaviour, [item for item, _ in config.events]
+    history = items if target is None else config.events
+    (recommender if target is None else recommender.converter(target)).writer.check(history)
     found = recommender.recommend(
-        config.history, config.k, config.mode, beams=config.beams, exclude=exclude, filter=config.filters(),
+        history, config.k, config.mode, target_behaviour=target, user=config.user, beams=config.beams,
+        exclude=[*config.exclude, *(items if config.exclude_history else [])], filter=config.filters(),
         sampling=sampling, seed=config.seed, entropy_weight=config.entropy_weight, skip=config.skip,
     )  # fmt: skip
     if config.json:
@@ -99,11 +128,14 @@ def recommend(config: RecommendConfig) -> None:
             print(json.dumps(said, ensure_ascii=False))
         return
     titles = dict(recommender.checkpoint.items.select("item", "title").iter_rows())
-    launch.results.print(recommendations_table("the history", [(item, titles[item], None) for item in config.history]))
+    said = [(f"{item} {behaviour}".strip(), titles[item], None) for item, behaviour in config.events]
+    launch.results.print(recommendations_table("the history", said))
     if found and found[0].reasoning is not None:
         launch.results.print(reasoning_table(found[0].reasoning, titles))
     if found and found[0].reflection is not None:
         launch.results.print(corrections_table(found, recommender.checkpoint.table.levels))
+    if found and found[0].evidence:
+        launch.results.print(evidence_table(found[0].evidence))
     launch.results.print(
         recommendations_table("recommended", [(one.item, one.title, one.score) for one in found])
     )  # fmt: skip

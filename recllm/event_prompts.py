@@ -23,6 +23,11 @@ Event = tuple[str, str]  # item, behaviour
 TEMPLATE = f"A user's events, oldest first: {HISTORY}"
 
 
+def is_event(value: object) -> bool:
+    """A pair of two texts?"""
+    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
 class EventTexts:
     """Events as text, each written once. A `PromptStyle` asks it as it asks a table."""
 
@@ -30,9 +35,9 @@ class EventTexts:
         self.table, self._written = table, {}
 
     def text_of(self, event: Event) -> str:
-        if (text := self._written.get(event)) is None:
-            item, behaviour = event
-            text = self._written[event] = behaviour_token(behaviour) + self.table.text_of(item)
+        item, behaviour = event
+        if (text := self._written.get((item, behaviour))) is None:
+            text = self._written[item, behaviour] = behaviour_token(behaviour) + self.table.text_of(item)
         return text
 
 
@@ -77,7 +82,7 @@ class EventWriter:
 
     def check(self, history: Sequence[Event]) -> None:
         for event in history:
-            if not isinstance(event, tuple | list) or len(event) != 2:
+            if not is_event(event):
                 raise UserError(f"a history of events holds pairs, got {event!r}", fix="(item, behaviour)")
         unknown = [item for item, _ in history if item not in self.table]
         if unknown:

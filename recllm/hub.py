@@ -24,7 +24,7 @@ def belonging(folder: str | Path) -> list[str]:
     """The files of a checkpoint, and nothing of the run that made it: no optimiser, no step, no cache."""
     folder = Path(folder)
     shards = set(read_object(folder / SHARDS).get("weight_map", {}).values()) if (folder / SHARDS).exists() else set()
-    weights = {WEIGHTS, *shards, "quantizer.safetensors"}
+    weights = {WEIGHTS, *shards, "quantizer.safetensors", "prefix_module.safetensors"}
     own = {CARD, SETTINGS, ITEMS, "LICENSE", "NOTICE", *weights}
     top = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     names = [path.name for path in top if path.name in own or (path.suffix in TEXTS and path.name not in OF_A_RUN)]

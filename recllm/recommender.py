@@ -5,29 +5,29 @@ for one in recommender.recommend(["B0042", "B0007"], k=5, filter={"brand": "Nord
     print(one.item, one.title, one.score)
 recommender.recommend(["B0042", "B0007"], mode="reason")[0].reasoning.intent
 recommender.recommend(["B0042", "B0007"], mode="reflect")[0].reflection.doubted
+recommender.recommend([("B0042", "click"), ("B0007", "cart")], target_behaviour="pay")[0].evidence
 """
 
 import dataclasses
-import difflib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-import polars as pl
-import torch
 from torch import Tensor
 
 from recllm.checkpoint import Checkpoint
+from recllm.converter import Converter
 from recllm.decoding import Answers, Decoder, Normaliser
 from recllm.decoding.chains import Sampling
 from recllm.decoding.reflecting import Reflected, Reflector
 from recllm.errors import UserError
+from recllm.event_prompts import Event, is_event
+from recllm.item_filter import Filter, allowed_items
 from recllm.reasoner import Reasoner, opened
 from recllm.reasoning import Chain
 from recllm.reflection import OTHER
 
-Filter = Mapping[str, object] | pl.Expr
 Mode = Literal["direct", "reason", "reflect"]
 BEAMS = 20  # fewer are not wanted even for a short list: a good item's first code may be the fifth best
 BEST_CHAIN = Sampling(temperature=0)
@@ -47,6 +47,16 @@ class Correction:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evidence:
+    """An event of the history that the model put before its answer."""
+
+    item: str
+    title: str
+    behaviour: str
+    relevance: float | None  # as the model measured it; None where it was not by relevance that it was chosen
+
+
+@dataclasses.dataclass(frozen=True)
 class Recommendation:
     item: str
     title: str
@@ -56,6 +66,8 @@ class Recommendation:
     # Mode reason: the stages that led here, with this item as the answer; the text itself if it has not the form.
     reasoning: Chain | str | None = None
     reflection: Correction | None = None  # mode reflect: the draft that it was made of
+    # Of a target behaviour: the events before the answer, the least relevant first; () if the model chooses none.
+    evidence: tuple[Evidence, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +87,8 @@ class Recommender:
     """A checkpoint and its engine. Thread-safe to read; one question at a time."""
 
     def __init__(self, checkpoint: Checkpoint, normaliser: Normaliser = "level", batch_size: int | None = None):
-        self.checkpoint, self.normaliser = checkpoint, normaliser
+        self.checkpoint, self.normaliser, self.batch_size = checkpoint, normaliser, batch_size
+        self._converters: dict[str, Converter] = {}
         self.writer = checkpoint.writer
         self.decoder = Decoder(
             checkpoint.model,
@@ -100,10 +113,12 @@ class Recommender:
 
     def recommend(
         self,
-        history: Sequence[str] | Sequence[Sequence[str]],
+        history: Sequence[str] | Sequence[Sequence[str]] | Sequence[Event] | Sequence[Sequence[Event]],
         k: int = 10,
         mode: Mode = "direct",
         *,
+        target_behaviour: str | None = None,
+        user: str | Sequence[str | None] | None = None,
         beams: int | None = None,
         exclude: Iterable[str] | Literal["history"] | None = None,
         filter: Filter | None = None,
@@ -114,6 +129,9 @@ class Recommender:
     ) -> list[Recommendation] | list[list[Recommendation]]:
         """The k best items for one history (item ids, oldest first) or for each of several.
 
+        target_behaviour  what the user does with the items, of a model that was trained on behaviours: a history is
+                  then of (item, behaviour) pairs, and each recommendation has the events that led to it as `evidence`
+        user      of a target behaviour: who asks, a name of the training data; several for several histories
         exclude   items never to show, or "history": none of the history itself; fewer than k if no more are left
         filter    {"brand": "Nord", "categories": ["Shoes", "Socks"]} (any of them), or a polars expression over
                   the item columns; decoding stays among the items that pass, so k of them come back if there are k
@@ -130,6 +148,11 @@ class Recommender:
         if mode not in get_args(Mode):
             raise UserError(f"mode {mode!r} is not one of {', '.join(get_args(Mode))}")
         history = history if isinstance(history, str) else list(history)
+        if target_behaviour is not None:
+            if mode != "direct":
+                raise UserError(f"a target behaviour has no mode {mode}", fix="mode direct")
+            return self._converted(history, user, target_behaviour, k, beams, exclude, filter)
+        self._refuse_pairs(history)
         single = not history or isinstance(history, str) or not isinstance(history[0], list | tuple)
         histories = [history] if single else history
         if mode == "direct":
@@ -154,6 +177,49 @@ class Recommender:
         asked = self._question(histories, k, beams, exclude, filter)
         prompts = self.writer.ids(histories)
         return asked.best(self.decoder.beams(prompts, asked.beams, asked.allowed, asked.exclude))
+
+    def _refuse_pairs(self, history: Sequence) -> None:
+        """Pairs would be read as several histories of two items each."""
+        table = self.checkpoint.table
+        if history and all(
+            isinstance(one, list | tuple) and len(one) == 2 and one[0] in table and isinstance(one[1], str)
+            and one[1] not in table for one in history
+        ):  # fmt: skip
+            raise UserError(
+                f"the history is of pairs such as {tuple(history[0])!r}, and no behaviour is asked for",
+                fix='target_behaviour="pay", or a history of items alone',
+            )
+
+    def _converted(
+        self, history: Sequence, user: str | Sequence[str | None] | None, target_behaviour: str, k: int,
+        beams: int | None, exclude: Iterable[str] | Literal["history"] | None, filter: Filter | None,
+    ) -> list[Recommendation] | list[list[Recommendation]]:  # fmt: skip
+        """Behind the events that the model chooses from each history."""
+        converter = self.converter(target_behaviour)
+        single = not history or isinstance(history, str) or isinstance(history[0], str) or is_event(history[0])
+        histories = [history] if single else history
+        users = [user] * len(histories) if user is None or isinstance(user, str) else list(user)
+        if len(users) != len(histories):
+            raise UserError(f"{len(users)} users of {len(histories)} histories", fix="one each, None if unknown")
+        for events in histories:
+            converter.writer.check(events)
+        asked = self._question([[item for item, _ in events] for events in histories], k, beams, exclude, filter)
+        found = converter.beams(histories, asked.beams, users, asked.allowed, asked.exclude)
+        best, titles = asked.best(found.found), self.checkpoint.items["title"]
+        lists = []
+        for case, (rows, scores) in enumerate(zip(best.rows.tolist(), best.scores.tolist())):
+            chosen = converter.evidence(histories[case], found, case)
+            row_of = self.checkpoint.table.row_of
+            evidence = tuple(Evidence(item, titles[row_of[item]], kind, score) for (item, kind), score in chosen)
+            lists.append([dataclasses.replace(one, evidence=evidence) for one in self._named(rows, scores)])
+        return lists[0] if single else lists
+
+    def converter(self, target_behaviour: str) -> Converter:
+        """The same checkpoint, asked for this behaviour."""
+        if target_behaviour not in self._converters:
+            made = Converter.of(self.checkpoint, target_behaviour, self.normaliser, self.batch_size)
+            self._converters[target_behaviour] = made
+        return self._converters[target_behaviour]
 
     def _question(
         self, histories: Sequence[Sequence[str]], k: int, beams: int | None,
@@ -233,58 +299,7 @@ class Recommender:
 
     def allowed(self, filter: Filter | None, exclude: Iterable[str] = ()) -> Tensor | None:
         """Which items may be shown, None for all. (N,) bool"""
-        excluded = list(exclude)
-        if filter is None and not excluded:
-            return None
-        passes = pl.lit(True) if filter is None else filter if isinstance(filter, pl.Expr) else self._expression(filter)
-        table = self.checkpoint.table
-        if unknown := [item for item in excluded if item not in table]:
-            raise UserError(f"the model knows no item {unknown[0]!r} to exclude", fix="leave it out")
-        try:
-            mask = self.checkpoint.items.select(passes=passes).to_series()
-        except pl.exceptions.PolarsError as error:
-            raise UserError(f"the filter does not fit the items: {error}", fix=self._columns()) from None
-        if mask.dtype != pl.Boolean or len(mask) not in (1, len(table)):
-            raise UserError("the filter says neither yes nor no about each item", fix='such as pl.col("price") < 20')
-        allowed = torch.tensor(mask.fill_null(False).to_list()).expand(len(table)).clone()
-        allowed[[table.row_of[item] for item in excluded]] = False
-        if not bool(allowed.any()):
-            raise UserError("the filter leaves no item to recommend", fix="loosen it")
-        return allowed
-
-    def _expression(self, filter: Mapping[str, object]) -> pl.Expr:
-        items, passes = self.checkpoint.items, pl.lit(True)
-        for column, wanted in filter.items():
-            if column not in items.columns:
-                near = difflib.get_close_matches(column, items.columns, n=1)
-                raise UserError(
-                    f"items have no column {column!r} to filter by",
-                    fix=f"did you mean {near[0]!r}?" if near else self._columns(),
-                )
-            wanted = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted)
-            kind, several = items.schema[column], isinstance(items.schema[column], pl.List)
-            values = [self._value(column, value, kind.inner if several else kind) for value in wanted]
-            one_of = [pl.col(column).list.contains(value) if several else pl.col(column) == value for value in values]
-            passes &= pl.any_horizontal(one_of or [pl.lit(False)])
-        return passes
-
-    def _value(self, column: str, value: object, kind: pl.DataType) -> object:
-        """As the column holds it: `"true"` of the command line is True."""
-        if kind == pl.Boolean:
-            found = {"true": True, "false": False}.get(str(value).lower())
-        elif kind.is_numeric():
-            try:
-                found = float(str(value))
-            except ValueError:
-                found = None
-        else:
-            found = str(value)
-        if found is None:
-            raise UserError(f"filter {column}: {value!r} is no value of this column of {kind}", fix="another value")
-        return found
-
-    def _columns(self) -> str:
-        return f"columns of the items: {', '.join(self.checkpoint.items.columns)}"
+        return allowed_items(self.checkpoint.items, self.checkpoint.table, filter, exclude)
 
     def _named(self, rows: Sequence[int], scores: Sequence[float]) -> list[Recommendation]:
         titles, items = self.checkpoint.items["title"], self.checkpoint.table.items

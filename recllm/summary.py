@@ -10,7 +10,7 @@ from recllm.catalogue import Catalogue
 from recllm.errors import UserError
 from recllm.files import read_json
 from recllm.reasoning import Chain
-from recllm.recommender import Recommendation
+from recllm.recommender import Evidence, Recommendation
 from recllm.semantic_ids import SemanticIdTable
 
 
@@ -134,6 +134,16 @@ def corrections_table(found: Sequence[Recommendation], levels: int) -> Table:
         table.add_row(
             f"{number}.", draft, f"{said.score:.2f}", Text(doubted), f"{said.uncertainty:.2f}", Text(f"→ {after}")
         )
+    return table
+
+
+def evidence_table(evidence: Sequence[Evidence]) -> Table:
+    """The events that stand before the answers, the most relevant last, as the model reads them."""
+    table = Table("", "item", "behaviour", title="evidence", title_justify="left", box=None, pad_edge=False)
+    table.add_column("relevance", justify="right")
+    for number, one in enumerate(evidence, 1):
+        relevance = "" if one.relevance is None else f"{one.relevance:.2f}"
+        table.add_row(f"{number}.", Text(_both(one.item, one.title)), Text(one.behaviour), relevance)
     return table
 
 

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,7 @@ from recllm.checkpoint import Checkpoint
 from recllm.errors import UserError
 from recllm.evaluation.direct import DirectRanker
 from recllm.evaluation.ranking import Ranker
+from recllm.evaluation.repeats import checked
 from recllm.evaluation.run import Protocol, evaluate_ranker
 from recllm.launch import console
 from recllm.models.sasrec import SASRecConfig, SASRecRanker
@@ -43,6 +44,13 @@ class BaselinesConfig:
     exclude_history: bool = field(
         default=False, metadata={"help": "Never recommend an item of the history that a model is given."}
     )
+    protocol: Literal["next", "conversion"] = field(
+        default="next",
+        metadata={
+            "help": "next: the split's targets, whatever they are. conversion: of data that hold out conversions, "
+            "items that the user had met before and new ones apart; popularity is that of conversions."
+        },
+    )
     settings: list[str] = field(
         default_factory=list, metadata={"help": "Of the models, such as tiger.epochs=16 sasrec.width=128."}
     )
@@ -61,12 +69,15 @@ class BaselinesConfig:
             )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("baselines are trained by one process", fix="run it without torchrun or accelerate launch")
-        self.protocol()
+        self.rules()
         for model in LEARNT:
             self.settings_of(model)
 
-    def protocol(self) -> Protocol:
-        return Protocol(self.split, tuple(self.k), self.length, None, self.exclude_history)
+    def rules(self, target_behaviour: str | None = None) -> Protocol:
+        """`target_behaviour`: that of the data, of protocol conversion."""
+        return Protocol(
+            self.split, tuple(self.k), self.length, None, self.exclude_history, target_behaviour=target_behaviour
+        )
 
     def settings_of(self, model: str) -> dict[str, Any]:
         """`tiger.epochs=16` → {"epochs": 16}, of the type that the model's config has."""
@@ -96,29 +107,36 @@ def _converted(setting: str, value: str, hint: Any) -> Any:
 def run_baselines(config: BaselinesConfig) -> list[Path]:
     """Train what has to be trained, evaluate, and return the evaluations' folders. What is there already stays."""
     catalogue, output = Catalogue.load(config.data), Path(config.output)
+    target = checked(catalogue, None).target_behaviour if config.protocol == "conversion" else None
+    part = config.split if target is None else f"{config.split}-{config.protocol}"
+    folder = output / (f"{part}-without-history" if config.exclude_history else part)
     folders = []
-    for name, seed, ranker in _rankers(config, catalogue, output):
+    for name, seed, ranker in _rankers(config, catalogue, output, target):
         suffix = f"-seed{seed}" if name in LEARNT else ""
-        folder = output / (f"{config.split}-without-history" if config.exclude_history else config.split)
         folders.append(folder / f"{name}{suffix}")
         evaluate_ranker(
-            name, ranker, catalogue, config.protocol(), folders[-1], seed=seed, overwrite=config.overwrite
+            name, ranker, catalogue, config.rules(target), folders[-1], seed=seed, overwrite=config.overwrite
         )  # fmt: skip
     return folders
 
 
-def _rankers(config: BaselinesConfig, catalogue: Catalogue, output: Path) -> Iterator[tuple[str, int, Ranker]]:
+def _rankers(
+    config: BaselinesConfig, catalogue: Catalogue, output: Path, target: str | None
+) -> Iterator[tuple[str, int, Ranker]]:
     """One after the other: a model is trained when its turn comes."""
     for name in config.baselines:
         for seed in config.seeds if name in LEARNT else [0]:
             console.print(f"[bold]{name}[/bold]" + (f", seed {seed}" if name in LEARNT else ""), highlight=False)
-            yield name, seed, _ranker(name, seed, config, catalogue, output)
+            yield name, seed, _ranker(name, seed, config, catalogue, output, target)
 
 
-def _ranker(name: str, seed: int, config: BaselinesConfig, catalogue: Catalogue, output: Path) -> Ranker:
+def _ranker(
+    name: str, seed: int, config: BaselinesConfig, catalogue: Catalogue, output: Path, target: str | None
+) -> Ranker:
+    """All learn from events of every behaviour, and popularity of conversions from those of `target`."""
     exclude = config.exclude_history
     if name == "popularity":
-        return Popularity.of(catalogue, exclude)
+        return Popularity.of(catalogue, exclude, target)
     if name == "repeat-last":
         return RepeatLast.of(catalogue)
     if name == "item-knn":

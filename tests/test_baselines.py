@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from events_for_tests import write_events
 from helpers import write_catalogue
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,6 +62,20 @@ def test_popularity_counts_training_events_and_orders_equals_by_row(tmp_path):
     ranking = Popularity.of(catalogue).rank(catalogue.targets("test"), 5)
     assert ranking.rows.tolist() == [[1, 2, 3, 4, 0]] * 2
     assert ranking.scores.tolist() == [[2, 2, 2, 1, 0]] * 2
+
+
+def test_popularity_of_conversions_counts_those_that_train(tmp_path):
+    # u's last two payments (b, c) are held out; of what trains, a is paid twice and b once, and c is only clicked.
+    events = {
+        "u": [("a", "pay"), ("c", "click"), ("c", "click"), ("b", "pay"), ("c", "pay")],
+        "v": [("a", "click"), ("a", "pay"), ("b", "pay"), ("c", "click"), ("b", "pay"), ("d", "pay")],
+    }
+    catalogue = write_events(tmp_path, events, target_behaviour="pay")
+    counts = dict(zip(catalogue.item_ids, Popularity.of(catalogue, behaviour="pay").counts.tolist()))
+    assert counts == {"a": 2, "b": 1, "c": 0, "d": 0}
+    assert Popularity.of(catalogue, behaviour="pay").describe()["behaviour"] == "pay"
+    every = dict(zip(catalogue.item_ids, Popularity.of(catalogue).counts.tolist()))
+    assert every == {"a": 3, "b": 1, "c": 3, "d": 0}
 
 
 def test_repeat_last_is_the_history_from_its_end_each_item_once(tmp_path):

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conversions_for_tests import repeating_shop
+from events_for_tests import write_events
 from helpers import write_small_model
 
 from recllm.errors import UserError
@@ -53,6 +55,32 @@ def test_without_the_history(data):
     for folder in run_baselines(config):
         lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
         assert not any(set(line["items"]) & set(history) for line, history in zip(lines, histories))
+
+
+def test_conversions_are_measured_apart(tmp_path):
+    data = write_events(tmp_path, repeating_shop(30), target_behaviour="pay").folder
+    output = tmp_path / "baselines"
+    command = [sys.executable, str(SCRIPT), "--data", str(data), "--output", str(output), "--k", "1", "3", "--length",
+               "5", "--protocol", "conversion", "--settings", "sasrec.epochs=1", "sasrec.width=16", "--baselines",
+               "popularity", "repeat-last", "item-knn", "sasrec"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    places = [done.stdout.index(f"{said}. Seeds") for said in ("users", "items met before", "items not met before")]
+    assert places == sorted(places)
+    found = {run.name: json.loads((run / "metrics.json").read_text()) for run in (output / "test-conversion").iterdir()}
+    assert found.keys() == {"popularity", "repeat-last", "item-knn", "sasrec-seed0"}
+    targets = {kind: {run["conversion"][kind]["targets"] for run in found.values()} for kind in ("repeat", "new")}
+    assert len(targets["repeat"]) == len(targets["new"]) == 1
+    assert targets["repeat"].pop() + targets["new"].pop() == found["popularity"]["targets"]
+    repeats = found["repeat-last"]["conversion"]
+    assert repeats["repeat"]["metrics"]["recall@5"] > repeats["new"]["metrics"]["recall@5"] == 0
+    assert found["popularity"]["run"]["ranker"]["behaviour"] == "pay"
+    assert {run["run"]["protocol"]["target_behaviour"] for run in found.values()} == {"pay"}
+
+
+def test_conversions_of_other_data_are_refused(data):
+    with pytest.raises(UserError, match="no behaviours to tell conversions by"):
+        run_baselines(BaselinesConfig(data=str(data), output="o", protocol="conversion", length=10))
 
 
 def test_settings_of_the_models_are_converted():

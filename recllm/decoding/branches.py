@@ -3,7 +3,8 @@
 B continuations of one prompt are B query positions of one row. A position sees the prompt and its own ancestors, by the
 mask; its rotary position restarts at the prompt's length. Nothing is copied or reordered when beams change: a mask row
 is. Where a model does not take such a mask (checked once a model), its cache is expanded to a row for each branch.
-A branch may say several tokens in one pass, a block, whose tokens see of each other what the block says.
+A branch may say several tokens in one pass, a block, whose tokens see of each other what the block says. Prompts may
+be made longer before anything branches.
 """
 
 import weakref
@@ -25,7 +26,7 @@ def backbone(model: PreTrainedModel) -> torch.nn.Module:
 
 
 def prefill(model: PreTrainedModel, batch: PromptBatch) -> tuple[DynamicCache, Tensor, Tensor]:
-    """Cache, which of its positions are tokens (P, T), and the hidden state of each prompt's last token (P, D)."""
+    """Cache, which of its positions are tokens (P, T), and the hidden states behind the prefix (P, own T, D)."""
     body, device = backbone(model), batch.ids.device
     prompts, shared = len(batch.ids), len(batch.prefix)
     cache = DynamicCache(config=model.config)
@@ -45,7 +46,7 @@ def prefill(model: PreTrainedModel, batch: PromptBatch) -> tuple[DynamicCache, T
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    return cache, seen, hidden[:, -1]
+    return cache, seen, hidden
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +77,38 @@ class Branches:
 
     def __init__(self, model: PreTrainedModel, batch: PromptBatch):
         self.body, self.dtype = backbone(model), model.dtype
-        self.cache, self.seen, self.last = prefill(model, batch)
+        self.cache, self.seen, self.hidden = prefill(model, batch)  # hidden: of the tokens computed last, (P, M, D)
         self.lengths = batch.lengths  # (P,)
         self.depth = 0  # where the next token stands, counted from the prompt's end
         self.slots: Tensor | None = None  # where each branch of the last step is kept, if not all took part in it
+
+    @property
+    def last(self) -> Tensor:
+        """The hidden state of each prompt's last token. (P, D)"""
+        return self.hidden[:, -1]
+
+    def states_at(self, places: Tensor) -> Tensor:
+        """Hidden states of prompt tokens, counted from each prompt's first. (P, J) -> (P, J, D)
+
+        They have to stand behind the prefix that all prompts share, of which no states are kept.
+        """
+        columns = self.hidden.size(1) + places - self.lengths.unsqueeze(1)  # prompts stand at the right end
+        return self.hidden.gather(1, columns.unsqueeze(2).expand(-1, -1, self.hidden.size(2)))
+
+    def extend(self, tokens: Tensor, mask: Tensor) -> None:
+        """Make tokens the end of the prompts, before anything branches. They stand at the right.   (P, M), (P, M) bool
+
+        A row may have fewer than M tokens, and has one at least.
+        """
+        self.seen = torch.cat([self.seen, mask], dim=1)
+        self.hidden = self.body(
+            input_ids=tokens,
+            attention_mask=None if bool(self.seen.all()) else self.seen.long(),
+            position_ids=self.lengths.unsqueeze(1) + mask.long().cumsum(dim=1) - 1,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        self.lengths = self.lengths + mask.sum(dim=1)
 
     def advance(self, tokens: Tensor, parents: Tensor, needed: Tensor | None = None) -> Tensor:
         """One token for each branch; `parents` are branches of the step before. (P, B), (P, B) -> hidden (P, B, D)"""
@@ -154,7 +183,7 @@ class ExpandedBranches(Branches):
         if not block.causal or int(block.offsets[0]) != self.depth:
             raise UserError(
                 "this model's attention takes no mask of ours, which slots beside each other need",
-                fix="layout: causal",
+                fix="a model trained with reflection_layout: causal",
             )
         rows = torch.arange(prompts, device=parents.device).unsqueeze(1) * self.branches + parents
         self.cache.reorder_cache(rows.flatten())

@@ -100,7 +100,8 @@ def _write(
 ) -> list[WrittenChain]:  # fmt: skip
     """R = P·n rows, token by token; `uniform` (R, most tokens) decides the draws."""
     body, head, finish = backbone(model), model.get_output_embeddings(), finish_of(model)
-    cache, seen, hidden = prefill(model, batch)
+    cache, seen, states = prefill(model, batch)
+    hidden = states[:, -1]
     if n > 1:
         cache.batch_repeat_interleave(n)
     seen, hidden = seen.repeat_interleave(n, dim=0), hidden.repeat_interleave(n, dim=0)  # (R, T), (R, D)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from recllm.decoding.branches import Block
-from recllm.decoding.decoder import Answers, Behind, Decoder, Prompts, generator_of
+from recllm.decoding.decoder import Answers, Behind, Decoder, Prompts, generator_of, without_dropout
 from recllm.decoding.head import Head
 from recllm.decoding.search import NONE, Walk, beams, draw, keep_top_p, samples
 from recllm.errors import UserError
@@ -106,7 +106,8 @@ class Reflector:
             )
         self.decoder, self.template, device = decoder, template, decoder.model.device
         self.slots, self.labels = tokens.slots.to(device), [ids.to(device) for ids in tokens.labels]
-        self.head = Head(decoder.model, self.labels) if self.labels else None
+        with without_dropout(decoder.model):
+            self.head = Head(decoder.model, self.labels) if self.labels else None
         self.passes = passes_of(template, device)
 
     def samples(

@@ -24,6 +24,7 @@ from torch import Tensor
 from recllm import metrics
 from recllm.errors import UserError
 from recllm.evaluation import predictions
+from recllm.evaluation.repeats import Kind, apart
 from recllm.evaluation.scoring import AGAIN, KEY, case_values, is_of_cases, user_numbers, user_sums
 from recllm.evaluation.slices import to_tensor
 from recllm.files import read_object, require
@@ -35,6 +36,7 @@ ALIKE = (
     "exclude_history",
     "users",
     "users_seed",
+    "target_behaviour",
 )  # of the protocol; the rest may differ and is shown where it does
 PASS = "pass@"
 CASE = [*KEY, "target"]
@@ -50,6 +52,10 @@ class CompareConfig:
         metadata={"help": "The columns: recall@K, ndcg@K, mrr@K, or pass@K of samples, as in metrics.json."},
     )
     format: Literal["text", "markdown", "latex"] = field(default="text", metadata={"help": "How the table is written."})
+    cases: Kind = field(
+        default="all",
+        metadata={"help": "Of conversions: items that the user had met before, those that were new, or all."},
+    )
     output: str | None = field(default=None, metadata={"help": "The file to write; standard output without it."})
 
     def __post_init__(self):
@@ -97,7 +103,7 @@ class Evaluation(msgspec.Struct):
 class Run:
     folder: Path
     evaluation: Evaluation
-    cases: pl.DataFrame  # user, position, target, rank, samples, right; sorted by user and position
+    cases: pl.DataFrame  # user, position, target, rank, samples, right, repeat; sorted by user and position
 
     @property
     def about(self) -> Described:
@@ -124,11 +130,13 @@ def load(folder: str | Path) -> Run:
         (
             *(p.user, p.position, p.target, p.items.index(p.target) if p.target in p.items else metrics.NOT_FOUND),
             *(len(p.samples), sum(sample.item == p.target for sample in p.samples)),
+            None if p.repeat is None else bool(p.repeat),
         )
         for p in predictions.read(folder / predictions.FILE)
     ]
     numbers = dict.fromkeys(("position", "rank", "samples", "right"), pl.Int64)
-    cases = pl.DataFrame(rows, schema=dict.fromkeys(CASE, pl.String) | numbers, orient="row")
+    schema = dict.fromkeys(CASE, pl.String) | numbers | {"repeat": pl.Boolean}
+    cases = pl.DataFrame(rows, schema=schema, orient="row")
     run = Run(folder, evaluation, cases.sort(KEY))
     same = len(cases) == evaluation.targets and all(
         abs(float(run.values(name).mean()) - value) < 1e-6 for name, value in evaluation.of_cases.items()
@@ -213,11 +221,13 @@ class Comparison:
     data: str
     split: str
     part: bool  # are these not all users of the split?
+    cases: Kind = "all"
 
 
 def compare(config: CompareConfig) -> Comparison:
     runs = [load(folder) for folder in config.runs]
     refuse_unlike(runs)
+    runs = [dataclasses.replace(run, cases=apart(run.cases, config.cases, run.folder)) for run in runs]
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.about.name, []).append(run)
@@ -244,11 +254,12 @@ def compare(config: CompareConfig) -> Comparison:
             )
             for name, group in groups.items()
         ),
-        users=runs[0].evaluation.users,
-        targets=runs[0].evaluation.targets,
+        users=runs[0].cases["user"].n_unique(),
+        targets=len(runs[0].cases),
         data=runs[0].about.catalogue.name,
         split=runs[0].about.split,
         part="users" in runs[0].about.protocol,
+        cases=config.cases,
     )
 
 

@@ -127,6 +127,7 @@ def notes(comparison: Comparison) -> list[str]:
     if comparison.targets != comparison.users:
         cases += f" with {comparison.targets:,} targets"
     cases += " (a part of the split)" if comparison.part else ""
+    cases += {"all": "", "repeat": ", items met before", "new": ", items not met before"}[comparison.cases]
     seeds = "; ".join(
         f"{row.name}: {', '.join('none' if s is None else str(s) for s in row.seeds)}" for row in comparison.rows
     )

@@ -15,6 +15,7 @@ from recllm.catalogue import Catalogue, Split
 from recllm.errors import UserError
 from recllm.evaluation.predictions import FILE, to_lines
 from recllm.evaluation.ranking import Ranker
+from recllm.evaluation.repeats import conversion_cases
 from recllm.files import digest, write_whole
 from recllm.processes import ALONE, Processes
 from recllm.progress import progress
@@ -51,10 +52,15 @@ def predict(
 
 
 def cases_of(
-    catalogue: Catalogue, split: Split, max_history: int | None = None, users: int | None = None, users_seed: int = 0
-) -> pl.DataFrame:
-    """The split's targets; of `users` users alone where the protocol says so."""
-    cases = catalogue.targets(split, max_history)
+    catalogue: Catalogue, split: Split, max_history: int | None = None, users: int | None = None, users_seed: int = 0,
+    target_behaviour: str | None = None,
+) -> pl.DataFrame:  # fmt: skip
+    """The split's targets; of `users` users alone where the protocol says so. Conversions of a target behaviour come
+    with what `conversion_cases` knows of them."""
+    if target_behaviour is None:
+        cases = catalogue.targets(split, max_history)
+    else:
+        cases = conversion_cases(catalogue, split, target_behaviour, max_history)
     if cases.is_empty():
         raise UserError(f"the split {split!r} has no target", file=catalogue.folder, fix="another --split")
     return cases.filter(pl.col("user").is_in(some_users(cases["user"], users, users_seed).implode()))

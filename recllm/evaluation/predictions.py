@@ -7,6 +7,9 @@ A model that reasoned has a list of `samples` beside them, in the order they wer
 
 A model that reflected has a list of `drafts`, best first: what it found before it corrected, and what it said of it.
 {"item": "i3", "score": -1.52, "loc": 2, "same": [true, false], "entropy": 0.61}
+
+Of conversions, `repeat` says by which behaviours the user had met the target; a model that chose events of the history
+as a prefix has them as `evidence`, least relevant first: {"item": "i3", "behaviour": "click", "relevance": 0.83}
 """
 
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ import msgspec
 import polars as pl
 
 from recllm.errors import UserError
-from recllm.evaluation.ranking import Drafts, Ranking, Sample
+from recllm.evaluation.ranking import Drafts, Evidence, Ranking, Sample
 from recllm.files import read_lines
 
 FILE = "predictions.jsonl"
@@ -44,6 +47,12 @@ class DraftLine(msgspec.Struct, omit_defaults=True):
     kept: bool = False  # it was called right, and not corrected
 
 
+class EvidenceLine(msgspec.Struct, omit_defaults=True):
+    item: str
+    behaviour: str
+    relevance: float | None = None
+
+
 class Prediction(msgspec.Struct, omit_defaults=True):
     user: str
     position: int  # of the target, in the user's own order
@@ -52,17 +61,22 @@ class Prediction(msgspec.Struct, omit_defaults=True):
     scores: list[float]
     samples: list[SampleLine] = []
     drafts: list[DraftLine] = []
+    repeat: list[str] | None = None  # null: the targets are not conversions
+    evidence: list[EvidenceLine] = []
 
 
 def to_lines(cases: pl.DataFrame, ranking: Ranking, item_ids: list[str]) -> Iterator[bytes]:
     """Scores have six significant digits, about what a float32 holds."""
     rows, scores = ranking.rows.tolist(), ranking.scores.tolist()
+    repeat = cases["repeat"].to_list() if "repeat" in cases.columns else [None] * len(cases)
     for case, (user, position, target) in enumerate(cases.select("user", "position", "item").iter_rows()):
         found = [(item_ids[row], _six(score)) for row, score in zip(rows[case], scores[case]) if row >= 0]
         items, shown = [item for item, _ in found], [score for _, score in found]
         samples = [_line(sample, item_ids) for sample in ranking.samples[case]] if ranking.samples else []
         drafts = _drafts(ranking.drafts, case, item_ids) if ranking.drafts else []
-        yield msgspec.json.encode(Prediction(user, position, target, items, shown, samples, drafts)) + b"\n"
+        evidence = [_evidence(one) for one in ranking.evidence[case]] if ranking.evidence else []
+        said = Prediction(user, position, target, items, shown, samples, drafts, repeat[case], evidence)
+        yield msgspec.json.encode(said) + b"\n"
 
 
 def _line(sample: Sample, item_ids: list[str]) -> SampleLine:
@@ -77,6 +91,10 @@ def _drafts(drafts: Drafts, case: int, item_ids: list[str]) -> list[DraftLine]:
         for row, score, place, alike, entropy, keeps in zip(rows, scores, loc, same, entropies, kept)
         if row >= 0
     ]
+
+
+def _evidence(one: Evidence) -> EvidenceLine:
+    return EvidenceLine(one.item, one.behaviour, None if one.relevance is None else _six(one.relevance))
 
 
 def _six(value: float) -> float:

@@ -30,6 +30,14 @@ class Drafts(NamedTuple):
     kept: Tensor  # (P, B) bool: was it called right, and not corrected?
 
 
+class Evidence(NamedTuple):
+    """An event of the history that stood before an answer."""
+
+    item: str
+    behaviour: str
+    relevance: float | None  # None where it was not by relevance that it was chosen
+
+
 class Ranking(NamedTuple):
     """The best items of each case, best first; fewer than K are filled with row -1 and score -inf."""
 
@@ -37,6 +45,7 @@ class Ranking(NamedTuple):
     scores: Tensor  # (P, K) float, descending
     samples: list[list[Sample]] | None = None  # of a ranker that reasons: equally many for each case
     drafts: Drafts | None = None  # of a ranker that reflects
+    evidence: list[list[Evidence]] | None = None  # of one that chooses from the history: least relevant first
 
 
 class Ranker(Protocol):

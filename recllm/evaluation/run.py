@@ -32,6 +32,7 @@ class Protocol:
     pass_k: tuple[int, ...] = ()  # of a ranker that samples: pass@k
     users: int | None = None  # as many of the split's users, drawn by `users_seed`; None: all, as it should be
     users_seed: int = 0
+    target_behaviour: str | None = None  # the targets are conversions of it; None: whatever the split's targets are
 
     def __post_init__(self):
         if self.split == "train":
@@ -52,6 +53,7 @@ class Protocol:
         given = {**dataclasses.asdict(self), "k": list(self.k), "pass_k": list(self.pass_k)}
         silent = [] if self.pass_k else ["pass_k"]
         silent += [] if self.users is not None else ["users", "users_seed"]
+        silent += [] if self.target_behaviour is not None else ["target_behaviour"]
         return {name: value for name, value in given.items() if name not in silent}
 
 
@@ -88,7 +90,9 @@ def evaluate_ranker(
         return done if group.first else None
     if not overwrite:
         _refuse_another(folder, begun)
-    cases = cases_of(catalogue, protocol.split, protocol.max_history, protocol.users, protocol.users_seed)
+    cases = cases_of(
+        catalogue, protocol.split, protocol.max_history, protocol.users, protocol.users_seed, protocol.target_behaviour
+    )
     group.wait()
     if group.first:
         _begin(folder, begun, overwrite)
@@ -99,6 +103,7 @@ def evaluate_ranker(
     figures = score(
         predictions.read(path), catalogue, protocol.split, protocol.k, length=protocol.length, file=path,
         pass_ks=protocol.pass_k, users=protocol.users, users_seed=protocol.users_seed, truth=truth,
+        target_behaviour=protocol.target_behaviour,
     )  # fmt: skip
     result = {"run": run, **figures}
     write_json(folder / METRICS, result)

@@ -6,6 +6,7 @@ the intervals. Every target counts, or nothing is scored: a ranker that skips th
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from recllm import metrics
 from recllm.catalogue import Catalogue, Split
 from recllm.errors import UserError
-from recllm.evaluation import drafts, samples
+from recllm.evaluation import drafts, repeats, samples
 from recllm.evaluation.predicting import some_users
 from recllm.evaluation.predictions import Prediction
 from recllm.evaluation.slices import item_rows, slices_of, to_tensor, training_counts
@@ -41,9 +42,11 @@ def score(
     users: int | None = None,
     users_seed: int = 0,
     truth: drafts.Truth | None = None,
+    target_behaviour: str | None = None,
 ) -> dict:
     """Plain JSON values: users, targets, metrics, intervals, lists, slices. The order of the predictions is no matter.
-    With samples of a model that reasoned, `reasoning` too, and with the truth about drafts `reflection`.
+    With samples of a model that reasoned, `reasoning` too, with the truth about drafts `reflection`, and of conversions
+    `conversion`: the metrics of repeats and of new items apart.
 
     length   how many items each list was to have; without it, as many as the longest has (at least the largest k)
     seed     of the bootstrap
@@ -51,6 +54,7 @@ def score(
     pass_ks  the k of pass@k, of samples
     users    every target of so many users is wanted, drawn by `users_seed`; None: of all
     truth    what a model that reflects should have said
+    target_behaviour  of which the targets are conversions; None: they are targets like any other
     """
     every = catalogue.targets(split)["user"]
     measured = every.is_in(some_users(every, users, users_seed).implode())  # (all targets of the split,)
@@ -78,6 +82,12 @@ def score(
         of_drafts = drafts.measured(given, items, targets, ks, truth)
         means = _means(of_drafts.of_cases, user, seed)
         more = {"reflection": {"drafts": given.rows.size(1), **means, **of_drafts.others}}
+    divisions = slices_of(catalogue, split, popularity)
+    if target_behaviour is not None:
+        met = repeats.conversion_cases(catalogue, split, target_behaviour)["repeat"]
+        divisions.append(repeats.slice_of(met))
+        apart = repeats.figures(met.filter(measured), values, user, partial(_means, seed=seed), predictions)
+        more |= {"conversion": apart}
     return {
         "users": int(user.max()) + 1,
         "targets": len(cases),
@@ -94,7 +104,7 @@ def score(
                 for number, label in enumerate(division.labels)
                 if (inside := division.member[to_tensor(measured).bool()] == number).any()
             }
-            for division in slices_of(catalogue, split, popularity)
+            for division in divisions
         },
     }
 
@@ -271,6 +281,7 @@ def score_tables(scores: dict) -> list[Table]:
         slices.add_section()
     more = [reasoning_table(scores["reasoning"])] if "reasoning" in scores else []
     more += [drafts.reflection_table(scores["reflection"])] if "reflection" in scores else []
+    more += [repeats.conversion_table(scores["conversion"])] if "conversion" in scores else []
     for table, labels in ((main, 1), *((table, 1) for table in more), (lists, 1), (slices, 2)):
         for column in table.columns[labels:]:
             column.justify = "right"

@@ -10,19 +10,22 @@ from recllm.decoding import Normaliser
 from recllm.decoding.chains import Sampling
 from recllm.decoding.reflecting import check_entropy_weight
 from recllm.errors import UserError
+from recllm.evaluation.conversion import ConversionRanker
 from recllm.evaluation.direct import DirectRanker
 from recllm.evaluation.drafts import Truth
 from recllm.evaluation.predicting import BLOCK
 from recllm.evaluation.ranking import Ranker
 from recllm.evaluation.reasoning import ReasoningRanker, ReasonThenBeamRanker
 from recllm.evaluation.reflection import ReflectionRanker
+from recllm.evaluation.repeats import checked
 from recllm.evaluation.run import Protocol, evaluate_ranker
 from recllm.pretrained import DTYPES
 from recllm.processes import processes
+from recllm.prompting import PromptStyle
 from recllm.vllm_chains import VLLMChains
 
-Mode = Literal["direct", "reasoning", "reason_then_beam", "reflection"]
-WITHOUT_CHAINS = ("direct", "reflection")
+Mode = Literal["direct", "reasoning", "reason_then_beam", "reflection", "conversion"]
+WITHOUT_CHAINS = ("direct", "reflection", "conversion")
 BLOCK_OF_CHAINS = 32  # users of a block where each costs thousands of tokens
 PASS_KS = (1, 5, 10)
 
@@ -38,7 +41,8 @@ class EvaluateConfig:
         default="direct",
         metadata={
             "help": "direct: beams right after the history. reasoning: chains with an item each. reason_then_beam: "
-            "beams after one chain. reflection: beams, what the model says of them, and their corrections."
+            "beams after one chain. reflection: beams, what the model says of them, and their corrections. conversion: "
+            "beams for what the user buys, behind the events that the model chose from the history."
         },
     )
     split: Split = field(default="test", metadata={"help": "valid or test."})
@@ -84,6 +88,9 @@ class EvaluateConfig:
         default=None,
         metadata={"help": "reflection: only so many of the best drafts, the others fill up the list. Default: all."},
     )
+    target_behaviour: str | None = field(
+        default=None, metadata={"help": "conversion: what a conversion is. Default: what the data hold out."}
+    )
     keep_chains: bool = field(default=False, metadata={"help": "Write the chains into predictions.jsonl."})
     batch_size: int | None = field(default=None, metadata={"help": "Users at once. Default: what memory allows."})
     block: int | None = field(
@@ -110,6 +117,8 @@ class EvaluateConfig:
         check_entropy_weight(self.entropy_weight)
         if self.reflect_on is not None and not 1 <= self.reflect_on <= self.beams:
             raise UserError(f"reflect_on {self.reflect_on} must be between 1 and the {self.beams} beams")
+        if self.target_behaviour is not None and self.mode != "conversion":
+            raise UserError(f"target_behaviour has no meaning in mode {self.mode}", fix="--mode conversion")
         self.protocol()
         self.sampling()
 
@@ -124,13 +133,14 @@ class EvaluateConfig:
         temperature = default if self.temperature is None else self.temperature
         return Sampling(temperature, self.top_p, self.max_new_tokens)
 
-    def protocol(self) -> Protocol:
-        """The lists of mode reasoning are as long as there are samples."""
+    def protocol(self, target_behaviour: str | None = None) -> Protocol:
+        """The lists of mode reasoning are as long as there are samples. `target_behaviour` is that of the data."""
         length = self.samples if self.mode == "reasoning" else self.beams
         subset = () if self.users is None else (self.users, self.users_seed)
         return Protocol(
-            self.split, tuple(self.k), length, self.max_history, self.exclude_history, self.pass_ks, *subset
-        )
+            self.split, tuple(self.k), length, self.max_history, self.exclude_history, self.pass_ks, *subset,
+            target_behaviour=target_behaviour,
+        )  # fmt: skip
 
 
 def evaluate(config: EvaluateConfig) -> dict | None:
@@ -140,7 +150,9 @@ def evaluate(config: EvaluateConfig) -> dict | None:
             raise UserError("vLLM writes chains for one process", fix="start one, or --engine hf")
         catalogue = Catalogue.load(config.data)
         checkpoint = Checkpoint.load(config.model, group.device, config.dtype)
-        style = checkpoint.style if config.mode in WITHOUT_CHAINS else checkpoint.reasoning
+        target = checked(catalogue, config.target_behaviour).target_behaviour if config.mode == "conversion" else None
+        ranker = ranker_of(config, checkpoint, catalogue, target)  # refuses what does not fit
+        style = style_of(config, checkpoint, ranker)
         if (config.max_history or 0) > style.max_history:
             raise UserError(
                 f"max_history {config.max_history}: the model reads the last {style.max_history} items",
@@ -148,20 +160,30 @@ def evaluate(config: EvaluateConfig) -> dict | None:
             )
         name = config.name or Path(config.model).name
         block = config.block or (BLOCK if config.mode in WITHOUT_CHAINS else BLOCK_OF_CHAINS)
-        ranker = ranker_of(config, checkpoint, catalogue)  # refuses what does not fit
         truth = Truth.of(checkpoint, catalogue) if config.mode == "reflection" else None
         return evaluate_ranker(
-            name, ranker, catalogue, config.protocol(), config.output,
+            name, ranker, catalogue, config.protocol(target), config.output,
             seed=config.seed, overwrite=config.overwrite, group=group, block=block, truth=truth,
         )  # fmt: skip
 
 
-def ranker_of(config: EvaluateConfig, checkpoint: Checkpoint, catalogue: Catalogue) -> Ranker:
+def style_of(config: EvaluateConfig, checkpoint: Checkpoint, ranker: Ranker) -> PromptStyle:
+    """How the histories are written."""
+    if isinstance(ranker, ConversionRanker):
+        return ranker.converter.writer.style
+    return checkpoint.style if config.mode in WITHOUT_CHAINS else checkpoint.reasoning
+
+
+def ranker_of(
+    config: EvaluateConfig, checkpoint: Checkpoint, catalogue: Catalogue, target_behaviour: str | None = None
+) -> Ranker:
     """The checkpoint asked in the config's mode."""
     if config.mode in WITHOUT_CHAINS:
         given = checkpoint, catalogue, config.beams, config.normaliser, config.exclude_history, config.batch_size
         if config.mode == "reflection":
             return ReflectionRanker(*given, config.entropy_weight, config.skip, config.reflect_on)
+        if config.mode == "conversion":
+            return ConversionRanker(*given, target_behaviour)
         return DirectRanker(*given)
     given = {
         "sampling": config.sampling(), "normaliser": config.normaliser, "exclude_history": config.exclude_history,

@@ -6,7 +6,7 @@ run with other settings never goes on from its steps. The finished folder appear
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,8 +149,14 @@ def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in checkpoint.model.named_parameters()}
 
 
-def save(run: Run, trainer: Trainer, start: Checkpoint, shapes: Mapping[str, tuple[int, ...]], report: Mapping) -> None:
-    """The finished checkpoint: the trainer's weights, all else from the start; `report` is added to recllm.json."""
+def save(
+    run: Run, trainer: Trainer, start: Checkpoint, shapes: Mapping[str, tuple[int, ...]], report: Mapping,
+    parts: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
+    """The finished checkpoint: the trainer's weights, all else from the start; `report` is added to recllm.json.
+
+    `parts` writes what else belongs to the folder.
+    """
     whole = run.work / "final"
     if spread(run.training) == "copies":
         if run.group.first:
@@ -168,6 +174,8 @@ def save(run: Run, trainer: Trainer, start: Checkpoint, shapes: Mapping[str, tup
             start.tokenizer.save_pretrained(folder)
             start.table.save(folder / TABLE)
             save_items(start.items, folder)
+            if parts is not None:
+                parts(folder)
             write_json(folder / REPORT, start.report | dict(report))
     run.group.wait()
 
