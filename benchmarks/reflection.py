@@ -24,6 +24,7 @@ from recllm.catalogue import Catalogue
 from recllm.checkpoint import Checkpoint
 from recllm.decoding import Decoder
 from recllm.decoding.reflecting import Reflector
+from recllm.errors import UserError
 from recllm.files import write_json
 from recllm.reflection import ReflectionTokens, Template
 from recllm.trie import SemanticIdTrie
@@ -40,6 +41,12 @@ class ReflectionBenchmark:
     model: str | None = field(default=None, metadata={"help": "A checkpoint of recipes/grc_sft.py or grc.py instead."})
     data: str | None = field(default=None, metadata={"help": "With --model: whose validation users are asked."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
+
+    def __post_init__(self):
+        if bool(self.model) != bool(self.data):
+            raise UserError("--model and --data belong together", fix="give both, or neither for random weights")
+        if self.rounds < 1 or self.users < 1:
+            raise UserError(f"rounds {self.rounds} and users {self.users} must be at least 1")
 
 
 def random_model(config: ReflectionBenchmark) -> Reflector:
@@ -91,6 +98,7 @@ def race(reflector: Reflector, prompts: list[list[int]], beams: int, rounds: int
         "milliseconds_a_user": {name: 1000 * value for name, value in medians.items()},
         "of_plain": {name: value / medians["plain"] for name, value in medians.items()},
         "skipped": float(found["skipped"].kept.double().mean()) if skip else 0.0,
+        "filled": float(found["skipped" if skip else "all corrected"].filled.double().mean()),
     }
 
 
@@ -115,12 +123,15 @@ def main(config: ReflectionBenchmark) -> None:
             race(reflector, random_prompts(config, tokens), beams, config.rounds, False) for beams, tokens in CASES
         ]
     names = list(results[0]["of_plain"])
-    table = Table("beams", "tokens", "plain, ms a user", *names[1:], "positions", "drafts skipped", title="of plain")
+    table = Table(
+        "beams", "tokens", "plain, ms a user", *names[1:], "positions", "drafts skipped", "filled up", title="of plain"
+    )
     for result in results:
         ratio = positions(reflector.template, result["beams"], result["tokens"])
         table.add_row(
             str(result["beams"]), f"{result['tokens']:.0f}", f"{result['milliseconds_a_user']['plain']:.1f}",
             *(f"{result['of_plain'][name]:.2f}" for name in names[1:]), f"{ratio:.2f}", f"{result['skipped']:.1%}",
+            f"{result['filled']:.1%}",
         )  # fmt: skip
     launch.results.print(table)
     if config.output:

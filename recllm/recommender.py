@@ -44,6 +44,7 @@ class Correction:
     doubted: tuple[str, ...]  # the attributes in which the model says that it is not what the user takes next
     uncertainty: float  # mean entropy of what it says, in nats
     kept: bool  # called right, and recommended as it is
+    filler: bool = False  # not corrected either: it fills the list up behind those that were, with no score of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,22 +268,25 @@ class Recommender:
         self, histories: Sequence[Sequence[str]], asked: "Question", entropy_weight: float, skip: bool
     ) -> list[list[Recommendation]]:
         """Drafts for each history, what the model says of them, their corrections."""
-        found = Reflector(self.decoder, self.checkpoint.reflection.tokens).scheduled(
+        found = self._reflector.scheduled(
             self.writer.ids(histories), asked.beams, entropy_weight=entropy_weight, skip=skip, allowed=asked.allowed,
             exclude=asked.exclude,
         )  # fmt: skip
         best = asked.best(found.found)
         return [
             [
-                dataclasses.replace(one, reflection=self._correction(found, case, source))
-                for one, source in zip(self._named(rows, scores), sources)
+                dataclasses.replace(one, reflection=self._correction(found, case, place))
+                for place, one in enumerate(self._named(rows, scores))
             ]
-            for case, (rows, scores, sources) in enumerate(
-                zip(best.rows.tolist(), best.scores.tolist(), found.source.tolist())
-            )
+            for case, (rows, scores) in enumerate(zip(best.rows.tolist(), best.scores.tolist()))
         ]
 
-    def _correction(self, found: Reflected, case: int, draft: int) -> Correction:
+    @functools.cached_property
+    def _reflector(self) -> Reflector:
+        return Reflector(self.decoder, self.checkpoint.reflection.tokens)
+
+    def _correction(self, found: Reflected, case: int, place: int) -> Correction:
+        draft = int(found.source[case, place])
         template, labels = self.checkpoint.reflection.template, found.labels[case, draft].tolist()
         loc, *same = labels or [template.levels]  # without labels (GC) nothing is said
         doubt = found.entropies[case, draft]
@@ -291,6 +295,7 @@ class Recommender:
             named.item, named.title, named.score, loc + 1 if loc < template.levels else None,
             tuple(name for name, label in zip(template.attributes, same) if label == OTHER),
             float(doubt.mean()) if len(doubt) else 0.0, bool(found.kept[case, draft]),
+            bool(found.filled[case, place]),
         )  # fmt: skip
 
     @functools.cached_property

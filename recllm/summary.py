@@ -129,7 +129,15 @@ def corrections_table(found: Sequence[Recommendation], levels: int) -> Table:
         said = one.reflection
         wrong = [] if said.first_wrong is None else [f"code {said.first_wrong} of {levels}"]
         doubted = ", ".join([*wrong, *said.doubted]) or "nothing"
-        after = "kept" if said.kept else "the same" if said.draft == one.item else _both(one.item, one.title)
+        after = (
+            "kept"
+            if said.kept
+            else "fills up"
+            if said.filler
+            else "the same"
+            if said.draft == one.item
+            else _both(one.item, one.title)
+        )
         draft = Text(_both(said.draft, said.title))
         table.add_row(
             f"{number}.", draft, f"{said.score:.2f}", Text(doubted), f"{said.uncertainty:.2f}", Text(f"→ {after}")

@@ -64,6 +64,9 @@ def test_filters_exclusions_and_several_histories(recommender):
         assert [(one.item, one.reflection.draft) for one in found] == [
             (one.item, one.reflection.draft) for one in alone
         ]
+    fillers = [one.reflection.filler for one in recommender.recommend(HISTORY, k=12, mode="reflect")]
+    assert fillers == sorted(fillers), "behind what was corrected or kept"
+    assert True in fillers
     left = recommender.recommend(HISTORY, k=12, mode="reflect", exclude="history")
     assert len(left) == 9
     assert all(one.reflection for one in left)
@@ -132,5 +135,5 @@ def test_the_command_prints_drafts_and_corrections(folder, recommender, monkeypa
     other = recommender.recommend(HISTORY, k=4, mode="reflect", entropy_weight=0.0, skip=False)
     assert [line["reflection"]["draft"] for line in lines] == [one.reflection.draft for one in other]
     assert set(lines[0]["reflection"]) == {
-        "draft", "title", "score", "first_wrong", "doubted", "uncertainty", "kept"
+        "draft", "title", "score", "first_wrong", "doubted", "uncertainty", "kept", "filler"
     }  # fmt: skip

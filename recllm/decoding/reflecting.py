@@ -51,6 +51,7 @@ class Reflected:
     kept: Tensor  # (P, B) bool: called right, and not generated again
     found: Answers  # distinct items, best first
     source: Tensor  # (P, B) the draft that each item of `found` came from; -1 where there is none
+    filled: Tensor  # (P, B) bool: a draft that only fills the list up, behind what was corrected or kept
 
 
 class Said(NamedTuple):
@@ -73,13 +74,16 @@ class Ranked(NamedTuple):
     found: Tensor  # (P, B) leaves
     scores: Tensor  # (P, B)
     source: Tensor  # (P, B)
+    filled: Tensor  # (P, B) bool
 
     @classmethod
     def empty(cls, prompts: int, beams: int, drafts: int, slots: int) -> "Ranked":
         said, none = torch.zeros(prompts, drafts, slots), torch.full((prompts, beams), -1)
         scores = torch.full((prompts, beams), NONE)
         kept = torch.zeros(prompts, drafts, dtype=torch.bool)
-        return cls(said.long(), said, kept, none, scores, none.clone(), scores.clone(), none.clone())
+        return cls(
+            said.long(), said, kept, none, scores, none.clone(), scores.clone(), none.clone(), none.clone().bool()
+        )
 
 
 class Pass(NamedTuple):
@@ -178,7 +182,7 @@ class Reflector:
         self._walk(prompts, beams, work, allowed, exclude)
         drafts = self.decoder.named(ranked.drafts, ranked.draft_scores)
         found = self.decoder.named(ranked.found, ranked.scores)
-        return Reflected(drafts, *ranked[:3], found, ranked.source)
+        return Reflected(drafts, *ranked[:3], found, ranked.source, ranked.filled)
 
     def _schedule(self, walk: Walk, width: int, most: int, weight: float, skip: bool) -> Ranked:
         def choose(_: int, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,6 +202,7 @@ class Reflector:
             torch.cat([item.scores, start, draft.scores[:, most:]], dim=1),
             torch.cat([item.origins, own], dim=1),
             width,
+            item.leaves.size(1),
         )
         return Ranked(said.labels, said.figures, said.kept, draft.leaves, draft.scores, *found)
 
@@ -265,14 +270,18 @@ def passes_of(template: Template, device: torch.device | str = "cpu") -> tuple[P
     return tuple(Pass(tuple(some), block) for some, block in zip(passes, blocks))
 
 
-def merged(leaves: Tensor, scores: Tensor, sources: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def merged(
+    leaves: Tensor, scores: Tensor, sources: Tensor, width: int, corrected: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The first `width` that are there (not -1), each leaf once; none scores better than what stands before it.
 
-    (P, M) each -> (P, width) each; leaf -1, score -inf, source -1 where fewer are left
+    (P, M) each -> (P, width) each; leaf -1, score -inf, source -1 where fewer are left; and which of them are not among
+    the first `corrected`
     """
     again = (leaves.unsqueeze(2) == leaves.unsqueeze(1)).tril(-1).any(dim=2)
     counts = ~again & (leaves >= 0)
     order = counts.long().argsort(dim=1, descending=True, stable=True)[:, :width]
     nothing = ~counts.gather(1, order)
     scores = scores.gather(1, order).masked_fill(nothing, NONE).cummin(dim=1).values
-    return leaves.gather(1, order).masked_fill(nothing, -1), scores, sources.gather(1, order).masked_fill(nothing, -1)
+    leaves, sources = (part.gather(1, order).masked_fill(nothing, -1) for part in (leaves, sources))
+    return leaves, scores, sources, (order >= corrected) & ~nothing

@@ -136,10 +136,11 @@ def test_merging_keeps_the_best_of_an_item_and_lets_no_score_rise():
     leaves = torch.tensor([[7, 3, 7, -1, 7, 4, 3]])
     scores = torch.tensor([[-1.0, -2.0, -3.0, float("-inf"), -0.5, -1.5, -9.0]])
     sources = torch.tensor([[2, 0, 1, 1, 0, 1, 2]])
-    found = merged(leaves, scores, sources, 4)
+    found = merged(leaves, scores, sources, 4, 4)
     assert found[0].tolist() == [[7, 3, 4, -1]]
     assert found[1].tolist() == [[-1.0, -2.0, -2.0, float("-inf")]]
     assert found[2].tolist() == [[2, 0, 1, -1]]
+    assert found[3].tolist() == [[False, False, True, False]]
 
 
 @pytest.mark.parametrize("skip", [True, False])
