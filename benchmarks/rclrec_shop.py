@@ -9,13 +9,16 @@ out; stage 1, a tiny Qwen3 on the events of every behaviour; stage 2 on conversi
 each part of it left out; the baselines under the same protocol. Targets that the user had met before and new ones stand
 apart. The shop knows which earlier events led to a purchase: `precision` is the share of the events in a prefix that
 are among them, over test targets that have any. --data takes a folder of `prepare.py --split conversion` with semantic
-IDs instead of the shop. Settings were not searched (docs/rclrec.md). Interrupted, the same command goes on.
+IDs instead of the shop. Every row of stage 2 keeps its best epoch on validation conversions; users have no embedding,
+since hardly a user whose last conversion is held out has another one. Settings were not searched (docs/rclrec.md).
+Interrupted, the same command goes on.
 """
 
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import polars as pl
 import torch
 from rich.table import Table
 from trl import ModelConfig
@@ -25,6 +28,7 @@ from recllm.catalogue import Catalogue
 from recllm.checkpoint import Checkpoint
 from recllm.converter import Converter
 from recllm.embeddings import EmbedConfig, embed
+from recllm.errors import UserError
 from recllm.evaluation.stage import EvaluateConfig, evaluate
 from recllm.files import read_object, write_json
 from recllm.mixtures.conversion_cases import cases, histories_of
@@ -47,6 +51,7 @@ STAGE_2 = {
     FULL: {},
 }
 ROWS = (*BASELINES, STAGE_1, *STAGE_2)
+SIMPLE = ("last K events", "last K in the cart", "ceiling")
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 
 
@@ -65,6 +70,10 @@ class RCLRecShopConfig:
     sweep: list[int] = field(default_factory=list, metadata={"help": "Values of K to train RCLRec with as well."})
     split: str = field(default="test", metadata={"help": "valid, to choose settings by."})
     show: bool = field(default=False, metadata={"help": "Only print what is there."})
+
+    def place(self, seed: int) -> Path:
+        """Where everything of a seed lies."""
+        return Path(self.output) / (f"seed{seed}" if self.data else f"shop{seed}")
 
 
 def shop(config: RCLRecShopConfig, seed: int) -> Path:
@@ -98,7 +107,8 @@ def stage_2(config: RCLRecShopConfig, data: Path, folder: Path, name: str, seed:
     training = RCLRecConfig(
         output_dir=str(folder / slug(name)), seed=seed, num_train_epochs=config.epochs, bf16=False, report_to="none",
         per_device_train_batch_size=config.batch, learning_rate=config.learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=20, validation_users=0, logging_steps=20, **{"k": config.k, **settings},
+        warmup_steps=20, validation_users=500, load_best_model_at_end=True, save_total_limit=1, logging_steps=20,
+        user_width=0, **{"k": config.k, **settings},
     )  # fmt: skip
     return run_rclrec(RCLRecData(data=str(data)), training, ModelConfig(model_name_or_path=str(folder / "stage1")))
 
@@ -123,27 +133,59 @@ def figures_of(result: dict) -> dict:
 
 def precision(config: RCLRecShopConfig, data: Path, model: Path) -> dict:
     """Of the events in prefixes, the share that led to the purchase by the shop's own account."""
-    truth = data / "shop" / "truth.json"
     checkpoint = Checkpoint.load(model, "cpu")
-    if not truth.exists() or "conversion" not in checkpoint.report:
+    if not (data / "shop" / "truth.json").exists() or "conversion" not in checkpoint.report:
         return {}
-    led = {(one["user"], one["position"]): set(one["evidence"]) for one in read_object(truth)["decisions"]}
-    converter = Converter.of(checkpoint)
-    asked = cases(Catalogue.load(data), config.split)
+    converter, asked = Converter.of(checkpoint), cases(Catalogue.load(data), config.split)
+    if converter.settings.selection == "none":
+        return {}
     histories = histories_of(asked)
     chosen = converter.beams(histories, 1, asked["user"].to_list()).events.tolist()
-    shares, chance = [], []
-    for user, position, history, events in zip(asked["user"], asked["position"], histories, chosen):
-        shown = len(converter.shown(history))
-        led_here = {place - (position - shown) for place in led.get((user, position), ())}  # places in what is shown
-        led_here = {place for place in led_here if place >= 0}
+    return precision_of(data, asked, converter.writer.style.max_history, chosen)
+
+
+def simple_choices(config: RCLRecShopConfig, data: Path) -> dict[str, dict]:
+    """What choices that learn nothing reach: the last K events, the last K in the cart, any K that led to it."""
+    asked, style = cases(Catalogue.load(data), config.split), ConversionsConfig(data=str(data)).style
+    led, found = led_to(data, asked, style.max_history), {}
+    kinds = [behaviours[-style.max_history :] for behaviours in asked["history_behaviours"].to_list()]
+    choices = {
+        "last K events": [list(range(len(some)))[-config.k :] for some in kinds],
+        "last K in the cart": [
+            [place for place, kind in enumerate(some) if kind == "cart"][-config.k :] for some in kinds
+        ],
+        "ceiling": [sorted(some)[-config.k :] for some in led],
+    }
+    for name, chosen in choices.items():
+        chosen = [(some + [-1] * config.k)[: config.k] for some in chosen]
+        if name == "ceiling":  # a prefix of K events may have to hold others too
+            chosen = [
+                some if -1 not in some else [one if one >= 0 else len(kind) + 1 for one in some]
+                for some, kind in zip(chosen, kinds)
+            ]
+        found[name] = precision_of(data, asked, style.max_history, chosen)
+    return found
+
+
+def led_to(data: Path, asked: pl.DataFrame, max_history: int) -> list[set[int]]:
+    """Of each case the places, in the history as a prompt shows it, of the events that led to the purchase."""
+    decisions = read_object(data / "shop" / "truth.json")["decisions"]
+    truth = {(one["user"], one["position"]): one["evidence"] for one in decisions}
+    found = []
+    for user, position in asked.select("user", "position").iter_rows():
+        first = max(0, position - max_history)  # the oldest event that is shown
+        found.append({place - first for place in truth.get((user, position), ()) if place >= first})
+    return found
+
+
+def precision_of(data: Path, asked: pl.DataFrame, max_history: int, chosen: list[list[int]]) -> dict:
+    """Mean over cases that some shown event led to, and that have a prefix. `chosen`: places, -1 for none."""
+    shares = []
+    for led, events in zip(led_to(data, asked, max_history), chosen):
         events = [event for event in events if event >= 0]
-        if led_here and events:
-            shares.append(len(led_here.intersection(events)) / len(events))
-            chance.append(len(led_here) / shown)
-    if not shares:
-        return {}
-    return {"precision": statistics.mean(shares), "by chance": statistics.mean(chance), "decisions": len(shares)}
+        if led and events:
+            shares.append(len(led.intersection(events)) / len(events))
+    return {"precision": statistics.mean(shares), "decisions": len(shares)} if shares else {}
 
 
 def baselines(config: RCLRecShopConfig, data: Path, folder: Path, seed: int) -> None:
@@ -172,13 +214,31 @@ def table_of(title: str, columns: list[str], found: dict[str, list[dict]]) -> Ta
     return table
 
 
+def paired(found: dict[str, list[dict]]) -> None:
+    """Seeds are different shops: what a row has over another in the same shop says more than two means."""
+    rivals = [name for name in (PLAIN, "most recent K", "RCLRec w/o quality loss") if name in found]
+    if FULL not in found or not rivals:
+        return
+    table = Table("RCLRec less", *METRICS[1::2], title="seed by seed")
+    for name in rivals:
+        pairs = list(zip(found[FULL], found[name]))
+        table.add_row(
+            name,
+            *(" ".join(f"{ours[metric] - theirs[metric]:+.3f}" for ours, theirs in pairs) for metric in METRICS[1::2]),
+        )
+    launch.results.print(table)
+
+
 def main(config: RCLRecShopConfig) -> None:
     torch.manual_seed(0)
     swept = {f"RCLRec, K = {k}": {"k": k} for k in config.sweep}
     for seed in [] if config.show else config.seeds:
         data = Path(config.data) if config.data else shop(config, seed)
-        folder = data if config.data is None else Path(config.output) / f"seed{seed}"
+        folder = config.place(seed)
         baselines(config, data, folder, seed)
+        if (data / "shop" / "truth.json").exists():
+            for name, found in simple_choices(config, data).items():
+                write_json(folder / f"{slug(name)}-{config.split}.json", found)
         start = stage_1(config, data, folder, seed)
         write_json(folder / f"{slug(STAGE_1)}-{config.split}.json", measure(config, data, start, seed))
         for name, settings in (STAGE_2 | swept).items():
@@ -186,17 +246,25 @@ def main(config: RCLRecShopConfig) -> None:
             write_json(folder / f"{slug(name)}-{config.split}.json", measure(config, data, model, seed))
     found = {}
     for name in (*ROWS, *swept):
-        places = [Path(config.output) / (f"seed{seed}" if config.data else f"shop{seed}") for seed in config.seeds]
-        files = [place / f"{slug(name)}-{config.split}.json" for place in places]
+        files = [config.place(seed) / f"{slug(name)}-{config.split}.json" for seed in config.seeds]
         if runs := [read_object(file) for file in files if file.exists()]:
             found[name] = runs
+    if not found:
+        raise UserError("nothing is measured yet", file=config.output, fix="run it without --show")
     for kind in ("", "repeat ", "new "):
         count = statistics.mean(run[f"{kind}targets"] for run in next(iter(found.values())))
         title = f"{kind or 'all '}conversions, {config.split}, {count:.0f} targets a seed"
         launch.results.print(table_of(title, [kind + name for name in METRICS], found))
     chosen = {name: runs for name, runs in found.items() if "precision" in runs[0]}
+    for name in SIMPLE:
+        files = [config.place(seed) / f"{slug(name)}-{config.split}.json" for seed in config.seeds]
+        chosen |= {name: [read_object(file) for file in files if file.exists()]}
+    chosen = {name: runs for name, runs in chosen.items() if runs}
     if chosen:
-        launch.results.print(table_of("events in the prefix that led to it", ["precision", "by chance"], chosen))
+        launch.results.print(
+            table_of("share of the events in a prefix that led to the purchase", ["precision", "decisions"], chosen)
+        )
+    paired(found)
 
 
 if __name__ == "__main__":

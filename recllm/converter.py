@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from math import isnan
 
+import torch
 from torch import Tensor
 
 from recllm.checkpoint import CONVERSION, Checkpoint
@@ -16,7 +17,6 @@ from recllm.decoding.prefixed import Choice, Choose, History, Prefixed, Prefixed
 from recllm.errors import UserError
 from recllm.event_prompts import Event, EventWriter
 from recllm.models.prefix_module import PrefixModule, PrefixSettings
-from recllm.prompting import HISTORY, PromptStyle
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,11 +42,11 @@ class Converter:
                     file=checkpoint.name, fix=f"--target_behaviour {settings.target_behaviour}",
                 )  # fmt: skip
         else:
-            style, module = event_style(checkpoint), None
-            if target_behaviour is None:
+            style, module = checkpoint.style, None
+            if style.events and target_behaviour is None:
                 problem = "the model was trained on every behaviour, and which is asked for is not said"
                 raise UserError(problem, file=checkpoint.name, fix="--target_behaviour pay, say")
-            settings = PrefixSettings(selection="none", target_behaviour=target_behaviour)
+            settings = PrefixSettings(selection="none", target_behaviour=target_behaviour or "pay")
         writer = EventWriter(style, checkpoint.table, checkpoint.tokenizer)
         writer.opening(settings.target_behaviour)
         some = checkpoint.table.items[0], settings.target_behaviour
@@ -87,7 +87,8 @@ class Converter:
         ]
 
     def _choose(self, events: Sequence[Sequence[Event]], users: Sequence[str | None], opening: int) -> Choose:
-        behaviour = self.checkpoint.model.get_input_embeddings().weight[opening].detach()
+        model = self.checkpoint.model
+        behaviour = model.get_input_embeddings()(torch.tensor([opening], device=model.device))[0].detach()
         rows = self.module.user_rows(users)
 
         def choose(history: History) -> Choice:
@@ -98,14 +99,3 @@ class Converter:
             return Choice(self.module.choose(*asked, keys), relevance)
 
         return choose
-
-
-def event_style(checkpoint: Checkpoint) -> PromptStyle:
-    """How a model that was trained on events and not for conversions is asked; one of items alone is refused."""
-    items_alone = PromptStyle().template.partition(HISTORY)[0]
-    if checkpoint.style.template.startswith(items_alone):
-        raise UserError(
-            "the model was not trained on behaviours: it reads histories of items alone",
-            file=checkpoint.name, fix="train it on data of data_prep/build_conversions.py",
-        )  # fmt: skip
-    return checkpoint.style

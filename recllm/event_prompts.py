@@ -50,6 +50,11 @@ class EventWriter:
     tokenizer: PreTrainedTokenizerBase
 
     def __post_init__(self):
+        if not self.style.events:
+            raise UserError(
+                "the model was not trained on behaviours: it reads histories of items alone",
+                fix="train it on data of data_prep/build_conversions.py",
+            )
         if self.style.separator:
             problem = f"the prompt's separator is {self.style.separator!r}, and between events nothing may stand"
             raise UserError(problem, fix="train on data of data_prep/build_conversions.py")

@@ -20,6 +20,7 @@ class PromptStyle:
     separator: str = ""
     chat: bool = False  # as a user's message in the tokenizer's chat template; else the text as it stands
     max_history: int = 50  # the most recent items of a history
+    events: bool = False  # a history holds events, each a behaviour and an item: `event_prompts` fills it
 
     def __post_init__(self):
         if not isinstance(self.template, str) or self.template.count(HISTORY) != 1:
@@ -64,6 +65,11 @@ class PromptWriter:
     tokenizer: PreTrainedTokenizerBase
 
     def ids(self, histories: Sequence[Sequence[str]]) -> list[list[int]]:
+        if self.style.events:
+            raise UserError(
+                "the model reads events, and was asked with items alone",
+                fix="--mode conversion, or recommend(history of (item, behaviour) pairs, target_behaviour=…)",
+            )
         for history in histories:
             self.check(history)
         if not histories:

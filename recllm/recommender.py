@@ -199,12 +199,15 @@ class Recommender:
         converter = self.converter(target_behaviour)
         single = not history or isinstance(history, str) or isinstance(history[0], str) or is_event(history[0])
         histories = [history] if single else history
+        if not isinstance(user, str | list | tuple | None):
+            raise UserError(f"a user is a name, got {user!r}", fix=f"{str(user)!r}")
         users = [user] * len(histories) if user is None or isinstance(user, str) else list(user)
         if len(users) != len(histories):
             raise UserError(f"{len(users)} users of {len(histories)} histories", fix="one each, None if unknown")
         for events in histories:
             converter.writer.check(events)
-        asked = self._question([[item for item, _ in events] for events in histories], k, beams, exclude, filter)
+        items = [[item for item, _ in events] for events in histories]
+        asked = self._question(items, k, beams, exclude, filter, events=True)
         found = converter.beams(histories, asked.beams, users, asked.allowed, asked.exclude)
         best, titles = asked.best(found.found), self.checkpoint.items["title"]
         lists = []
@@ -224,14 +227,15 @@ class Recommender:
 
     def _question(
         self, histories: Sequence[Sequence[str]], k: int, beams: int | None,
-        exclude: Iterable[str] | Literal["history"] | None, filter: Filter | None,
+        exclude: Iterable[str] | Literal["history"] | None, filter: Filter | None, events: bool = False,
     ) -> "Question":  # fmt: skip
         """What is asked, checked."""
         table = self.checkpoint.table
         if isinstance(exclude, str) and exclude != "history":
             raise UserError(f"exclude is a list of items or 'history', got {exclude!r}", fix=f"[{exclude!r}]")
         for history in histories:
-            self.writer.check(history)
+            if len(history) or not events:  # nothing that was done yet is a history of events too
+                self.writer.check(history)
         allowed = self.allowed(filter, () if exclude in (None, "history") else exclude)
         possible = len(table) if allowed is None else int(allowed.sum())
         if not isinstance(k, int) or not 1 <= k <= possible:

@@ -13,7 +13,7 @@ from recllm.models.build import BuildModelConfig, build_model
 from recllm.models.prefix_module import PrefixModule, PrefixSettings
 from recllm.prompting import PromptStyle
 
-STYLE = PromptStyle(TEMPLATE, max_history=4)  # some histories are longer
+STYLE = PromptStyle(TEMPLATE, max_history=4, events=True)  # some histories are longer
 
 
 def repeating_shop(users: int) -> dict[str, list[tuple[str, str]]]:

@@ -88,12 +88,27 @@ def test_a_model_of_all_behaviours_is_asked_for_any(stage_1):
     assert not torch.allclose(scores["pay"], scores["click"], atol=1e-6)
 
 
+def test_who_did_nothing_yet_is_answered_without_a_prefix(recommender):
+    alone = recommender.recommend([], k=3, target_behaviour="pay")
+    assert len(alone) == 3
+    assert all(one.evidence == () for one in alone)
+    both = recommender.recommend([HISTORY, []], k=3, target_behaviour="pay")
+    assert [one.item for one in both[1]] == [one.item for one in alone]
+    assert both[0][0].evidence
+
+
+def test_a_model_of_events_is_not_asked_with_items(recommender, stage_1):
+    for one in (recommender, stage_1):
+        with pytest.raises(UserError, match="reads events, and was asked with items alone"):
+            one.recommend(["i01", "i02"], k=2)
+
+
 @pytest.mark.parametrize(
     ("history", "settings", "sentence"),
     [
         ([("i01", "view")], {}, "no token for the behaviour 'view'"),
         ([("zz", "click")], {}, "knows no item 'zz'"),
-        ([], {}, "the history is empty"),
+        (HISTORY, {"user": 5}, "a user is a name, got 5"),
         (["i01", "i02"], {}, "holds pairs, got 'i01'"),
         (HISTORY, {"target_behaviour": "cart"}, "was trained for 'pay', not 'cart'"),
         (HISTORY, {"mode": "reason"}, "a target behaviour has no mode reason"),

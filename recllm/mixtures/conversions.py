@@ -88,7 +88,7 @@ class ConversionsConfig:
     @property
     def style(self) -> PromptStyle:
         """How the trained model is asked; `EventWriter(style, table, tokenizer)` fills it."""
-        return PromptStyle(self.template, max_history=self.max_history)
+        return PromptStyle(self.template, max_history=self.max_history, events=True)
 
     @property
     def folder(self) -> Path:

@@ -15,9 +15,12 @@ from recllm.decoding.decoder import without_dropout
 from recllm.errors import UserError
 from recllm.evaluation.validation import Validation, of_lists
 from recllm.event_prompts import EventWriter
-from recllm.mixtures.conversion_cases import cases, histories_of
+from recllm.mixtures.conversion_cases import ConversionEvents, cases, histories_of
+from recllm.models.prefix_module import PrefixModule, PrefixSettings
+from recllm.prompting import PromptStyle
 from recllm.trainers.prefixed import ConversionCollator, answer_of, embedded, encoded, module_of, selected
 
+NO_MODULE = PrefixModule(PrefixSettings(selection="none"), 1)  # of stage 1
 AT_ONCE = 64  # prompts whose prefixes are selected together
 
 
@@ -27,6 +30,15 @@ class ConversionValidation(Validation):
 
     rows: Sequence[Mapping[str, Any]]
     opening: int
+
+    @classmethod
+    def of_events(
+        cls, catalogue: Catalogue, checkpoint: Checkpoint, style: PromptStyle, users: int, beams: int
+    ) -> "ConversionValidation":  # fmt: skip
+        """Of a model that reads events of every behaviour: its conversions, without a prefix."""
+        writer = EventWriter(style, checkpoint.table, checkpoint.tokenizer)
+        opening = writer.opening(ConversionEvents(catalogue).target_behaviour)
+        return cls.of_conversions(catalogue, checkpoint, writer, opening, users, beams)
 
     @classmethod
     def of_conversions(
@@ -54,7 +66,7 @@ class ConversionValidation(Validation):
 
     def beams_of(self, model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Answers:
         """Prompts extended by opening and prefix, and then beams as ever: each prompt is computed twice."""
-        collator = ConversionCollator(self.tokens, self.opening, 0, module_of(model))
+        collator = ConversionCollator(self.tokens, self.opening, 0, module_of(model) or NO_MODULE)
         starts = starts_of(model, collator, rows)
         prompts = [[*row["prompt_ids"], *start] for row, start in zip(rows, starts)]
         return Decoder(model, self.tokens, prefix=self.prefix).beams(prompts, self.beams)

@@ -31,10 +31,10 @@ COLUMNS = ("prompt_ids", "ends", "rows", "target", "user")
 NLL_BASE = "nll_base"  # ℓ_base, a column where it is needed
 
 
-def module_of(model: PreTrainedModel) -> PrefixModule:
-    """The one that trains: under an adapter its own copy."""
+def module_of(model: PreTrainedModel) -> PrefixModule | None:
+    """The one that trains, under an adapter its own copy; None if the model has none."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    module = getattr(base, NAME)
+    module = getattr(base, NAME, None)
     return next(iter(module.modules_to_save.values())) if hasattr(module, "modules_to_save") else module
 
 
@@ -187,17 +187,30 @@ def behind(
 ) -> Tensor:  # fmt: skip
     """The states that predict each token of an answer but its first. -> (P, S − 1, D)"""
     ids, source = answer.ids[:, :-1], answer.source[:, :-1]
-    inputs = embedded(model, ids)
-    if gates is not None:
-        gate = gates.gather(1, source.clamp(min=0)) if gates.size(1) else torch.ones_like(inputs[..., 0])
-        inputs = inputs * gate.masked_fill(source < 0, 1.0).unsqueeze(2).to(inputs.dtype)
     steps = torch.arange(ids.size(1), device=ids.device)
     # Padding behind an answer needs no mask: nothing that counts comes after it.
     mask = torch.cat([prompt_mask, torch.ones_like(ids)], dim=1)
+    if gates is not None and gates.size(1):
+        mask = gated(prompt_mask, source, gates, model.dtype)
     return backbone(model)(
-        inputs_embeds=inputs, attention_mask=mask, position_ids=prompt_mask.sum(dim=1, keepdim=True) + steps,
+        input_ids=ids, attention_mask=mask, position_ids=prompt_mask.sum(dim=1, keepdim=True) + steps,
         past_key_values=cache, use_cache=True,
     ).last_hidden_state  # fmt: skip
+
+
+def gated(prompt_mask: Tensor, source: Tensor, gates: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of attention: log gate where a later token looks at a prefix token. (P, 1, S, T + S)
+
+    exp(s + log g) = g · exp(s): the gate multiplies what the item's tokens contribute to whatever comes behind the
+    item. On their embeddings it would hardly be felt, since every layer norms its inputs first. (P, T), (P, S), (P, J)
+    """
+    own = source.size(1)
+    later = torch.ones(own, own, dtype=torch.bool, device=source.device).tril()
+    sees = torch.cat([prompt_mask.bool().unsqueeze(1).expand(-1, own, -1), later.expand(len(source), -1, -1)], dim=2)
+    gate = gates.gather(1, source.clamp(min=0)).masked_fill(source < 0, 1.0).log()  # (P, S)
+    of_others = source.unsqueeze(2) != source.unsqueeze(1)  # an item's own tokens see it whole
+    added = torch.nn.functional.pad(gate.unsqueeze(1) * (of_others & later), (prompt_mask.size(1), 0))
+    return added.to(dtype).masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
 
 
 @torch.no_grad()

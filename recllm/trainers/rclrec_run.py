@@ -63,6 +63,10 @@ class RCLRec(Method):
 
     def start_of(self, run: Run, data: RCLRecData) -> Checkpoint:
         start = run.start()
+        if CONVERSION in start.report:
+            raise UserError(
+                "was trained for conversions already, and is no start of its own", file=start.name, fix=STAGE_1
+            )
         conversions = conversions_of(data, start)
         about = {
             "settings": run.training.prefix(conversions.target_behaviour).as_json(),

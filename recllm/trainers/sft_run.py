@@ -27,6 +27,7 @@ from recllm.publish import finish
 from recllm.settings import plain
 from recllm.tokenization import Initialisation
 from recllm.trainers.adapters import load_new_rows, lora_of, only_new_rows, save_new_rows
+from recllm.trainers.conversion_validation import ConversionValidation
 from recllm.trainers.run import PLACES, Run, save, shapes_of, spread
 from recllm.trainers.sft import RecSFTConfig, RecSFTTrainer
 from recllm.training import add_dropout, last_whole_step
@@ -135,7 +136,8 @@ def train(run: Run, data: SFTData, catalogue: Catalogue) -> None:
     validation = None
     if run.training.validation_users and data.alignment:
         users, beams = run.training.validation_users, run.training.validation_beams
-        validation = Validation.of(catalogue, start, styles["prompt"], users, beams)
+        kind = ConversionValidation.of_events if styles["prompt"].events else Validation.of
+        validation = kind(catalogue, start, styles["prompt"], users, beams)
     train_new_rows(run, start, rows)
     trainer = trainer_of(run, start, rows, validation)
     steps = last_whole_step(run.work / "steps", run.group) if run.resumes else None

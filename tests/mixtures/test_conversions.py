@@ -201,7 +201,7 @@ def test_ends_are_the_places_of_the_last_codes(shop, style):
 def test_a_writer_shows_the_latest_events_and_asks_with_none_too(shop):
     catalogue, tokenizer = shop
     table = SemanticIdTable.load(catalogue.folder / "semantic_ids.json")
-    writer = EventWriter(PromptStyle(ASK + "{history}", max_history=2), table, tokenizer)
+    writer = EventWriter(PromptStyle(ASK + "{history}", max_history=2, events=True), table, tokenizer)
     history = [(item, "click") for item in table.items[:4]]
     assert writer.ids([history]) == writer.ids([history[-2:]])
     assert writer.ends([history]) == writer.ends([history[-2:]])
@@ -222,9 +222,9 @@ def test_a_history_that_the_model_cannot_read_is_refused(shop, history, sentence
     catalogue, tokenizer = shop
     table = SemanticIdTable.load(catalogue.folder / "semantic_ids.json")
     with pytest.raises(UserError, match=sentence):
-        EventWriter(PromptStyle(ASK + "{history}"), table, tokenizer).ids([history])
+        EventWriter(PromptStyle(ASK + "{history}", events=True), table, tokenizer).ids([history])
     with pytest.raises(UserError, match="between events nothing may stand"):
-        EventWriter(PromptStyle(separator=", "), table, tokenizer)
+        EventWriter(PromptStyle(separator=", ", events=True), table, tokenizer)
 
 
 def test_supervised_training_reads_it_as_it_stands(shop):

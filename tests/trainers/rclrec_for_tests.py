@@ -34,7 +34,7 @@ def write_stage_1(folder: str | Path, users: int = 30) -> tuple[Path, Path]:
     data, path = folder / "data", folder / "model"
     build_model(BuildModelConfig(data=str(data), output=str(path), **SMALL))
     report = json.loads((path / "recllm.json").read_text())
-    report["prompt"] = dataclasses.asdict(PromptStyle(TEMPLATE))
+    report["prompt"] = dataclasses.asdict(PromptStyle(TEMPLATE, events=True))
     (path / "recllm.json").write_text(json.dumps(report))
     checkpoint, generator = Checkpoint.load(path, "cpu"), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -79,12 +79,20 @@ def slow_nll(checkpoint: Checkpoint, row, opening: int, chosen: list[int], gates
     prefix = [(place, id) for place in chosen for id in ids_of(checkpoint, table.codes[row["rows"][place]].tolist())]
     target = ids_of(checkpoint, row["target"])
     ids = torch.tensor([[*row["prompt_ids"], opening, *(id for _, id in prefix), *target]])
-    inputs = model.get_input_embeddings()(ids)
-    if gates is not None:
-        start = len(row["prompt_ids"]) + 1
-        scale = [torch.ones(())] * start + [gates[place] for place, _ in prefix] + [torch.ones(())] * len(target)
-        inputs = inputs * torch.stack(scale).to(inputs.dtype)[None, :, None]
-    logps = type(model).forward(model, inputs_embeds=inputs).logits[0, :-1].log_softmax(-1)
+    start, size = len(row["prompt_ids"]) + 1, ids.size(1)
+    item = [-1] * start + [place for place, _ in prefix] + [-1] * len(target)
+    mask = torch.full((size, size), torch.finfo(model.dtype).min, dtype=model.dtype)
+    rows = [
+        torch.stack([
+            mask[0, 0] if seen > token
+            else gates[item[seen]].log() if gates is not None and item[seen] >= 0 and item[token] != item[seen]
+            else torch.zeros((), dtype=model.dtype)
+            for seen in range(size)
+        ])
+        for token in range(size)
+    ]  # fmt: skip
+    logps = type(model).forward(model, input_ids=ids, attention_mask=torch.stack(rows)[None, None])
+    logps = logps.logits[0, :-1].log_softmax(-1)
     nll = -logps.gather(1, ids[0, 1:, None]).squeeze(1)[len(row["prompt_ids"]) :]
     return nll.mean(), nll[-len(target) :].mean()
 

@@ -75,7 +75,7 @@ def test_two_steps_move_model_and_module_and_the_folder_says_what_it_is(made, tm
     assert report["conversion"]["settings"] == {
         "k": 3, "temperature": 1.0, "selection": "learned", "target_behaviour": "pay", "user_width": 4, "seed": 42
     }  # fmt: skip
-    assert PromptStyle.read(report["conversion"]["prompt"]) == PromptStyle(TEMPLATE)
+    assert PromptStyle.read(report["conversion"]["prompt"]) == PromptStyle(TEMPLATE, events=True)
     before, after = (load_file(folder / "model.safetensors") for folder in (made[1], output))
     assert before.keys() == after.keys(), "the module is inside the model"
     assert all(not torch.equal(before[name], after[name]) for name in before)
@@ -110,7 +110,7 @@ def test_validation_decodes_with_the_module(made, tmp_path):
         made, tmp_path / "out", k=2, validation_users=40, validation_beams=13, eval_strategy="steps", eval_steps=2
     )
     checkpoint, module = Checkpoint.load(output, "cpu"), PrefixModule.load(output)
-    writer = EventWriter(PromptStyle(TEMPLATE), checkpoint.table, checkpoint.tokenizer)
+    writer = EventWriter(PromptStyle(TEMPLATE, events=True), checkpoint.table, checkpoint.tokenizer)
     found, table, hits = cases(Catalogue.load(made[0]), "valid", 50), checkpoint.table, []
     everything = torch.tensor(table.codes).long()
     opening = writer.opening("pay")
