@@ -8,7 +8,7 @@ OUTPUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-data test-gpu test-vllm quality format bench bench-decoding bench-sft bench-rl bench-reflection bench-gpu clean
+.PHONY: help install demo test test-slow test-data test-gpu test-vllm quality format bench bench-decoding bench-sft bench-rl bench-reflection bench-rclrec bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -85,6 +85,9 @@ bench-rl: .venv/dev.stamp  ## a step of reinforcement learning against TRL's own
 
 bench-reflection: .venv/dev.stamp  ## reflecting and correcting against plain beam search (a minute; docs/grc.md)
 	@$(BIN)/python benchmarks/reflection.py --output runs/bench/reflection.json
+
+bench-rclrec: .venv/dev.stamp  ## a step and a search of RCLRec against plain ones (about 2 minutes; docs/rclrec.md)
+	@$(BIN)/python benchmarks/rclrec.py --output runs/bench/rclrec.json
 
 # Nine minutes at most: each part has a limit of seconds, and one that fails does not keep the others from running.
 # PYTHON has what it has: nothing is installed, and without a package that the benchmarks need they are left out.

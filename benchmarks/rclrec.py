@@ -1,4 +1,5 @@
-"""A training step of RCLRec against one of supervised training on the same conversions, in turns in one run.
+"""A training step of RCLRec against one of supervised training on the same conversions, in turns in one run; and a
+search behind the chosen prefix against plain beams.
 
     python benchmarks/rclrec.py --output runs/bench/rclrec.json                     (about 2 minutes on one CPU core)
     python benchmarks/rclrec.py --width 256 --ragged true
@@ -7,6 +8,7 @@ Both take the same batches of prompts and targets through the same weights, a ti
 update. Supervised training is the prompt, the behaviour's token and the target as one row through transformers' own
 forward, with logits of the answer alone. RCLRec selects, puts the prefix before the target, and has its hinge besides;
 its ℓ_base is computed once for a whole training and is timed apart. Making the batch of token ids is not counted.
+Plain beams stand behind prompt and opening; RCLRec's behind the prefix that the module chose besides.
 """
 
 import statistics
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 
 from recllm import launch
 from recllm.checkpoint import Checkpoint
+from recllm.decoding import Decoder
+from recllm.decoding.prefixed import Choice, History, PrefixedDecoder, Shown
 from recllm.embeddings import EmbedConfig, embed
 from recllm.event_prompts import TEMPLATE, EventWriter
 from recllm.files import write_json
@@ -36,6 +40,7 @@ from recllm.trainers.batches import Batch
 from recllm.trainers.prefixed import NLL_BASE, base_nll
 from recllm.trainers.rclrec import RCLRecConfig, RCLRecTrainer
 
+BEAMS = 20
 SFT, RCLREC, BASE = "supervised", "rclrec", "ℓ_base, once"
 Step = Callable[[Batch], None]
 
@@ -56,14 +61,44 @@ class RCLRecBenchConfig:
 def main(config: RCLRecBenchConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = step_seconds(config, Path(folder))
+        searched = search_seconds(config, Path(folder))
     table = Table("step", "ms", "over supervised")
     for name, seconds in found.items():
         table.add_row(name, f"{1e3 * statistics.median(seconds):,.0f}", f"{over(found, name):.2f}")
     launch.results.print(table)
+    ratio = statistics.median(own / plain for own, plain in zip(*searched))
+    launch.results.print(f"a search of {BEAMS} beams behind the prefix: {ratio:.2f} of plain beams", highlight=False)
     if config.output:
-        ratios = {name: over(found, name) for name in found}
+        ratios = {name: over(found, name) for name in found} | {"search": ratio}
         settings = {name: value for name, value in vars(config).items() if name != "output"}
         write_json(config.output, {"settings": settings, "seconds": found, "over_supervised": ratios})
+
+
+def search_seconds(config: RCLRecBenchConfig, folder: Path) -> tuple[list[float], list[float]]:
+    """Of RCLRec's search and of plain beams, in turns, a batch of prompts each time."""
+    trainer = trainer_of(config, str(folder / "model"), folder)
+    start = Checkpoint.load(folder / "model", trainer.accelerator.device)
+    rows = [trainer.train_dataset[place] for place in range(config.batch)]
+    prompts, shown = [row["prompt_ids"] for row in rows], [Shown(row["ends"], row["rows"]) for row in rows]
+    opening, module = int(trainer.data_collator.opening), trainer.take_module().eval()
+    behaviour = start.model.get_input_embeddings().weight[opening].detach()
+    nobody = torch.zeros(len(rows), dtype=torch.int64, device=behaviour.device)
+
+    def choose(history: History) -> Choice:
+        asked = history.states, history.mask, history.last, behaviour, nobody[: len(history.places)]
+        return Choice(module.choose(*asked), module.relevance(*asked))
+
+    decoder = Decoder(start.model, start.tokens, batch_size=config.batch)
+    prefixed, opened = PrefixedDecoder(decoder, opening, choose, config.k), [[*ids, opening] for ids in prompts]
+    sides = (lambda: prefixed.beams(prompts, shown, BEAMS), lambda: decoder.beams(opened, BEAMS))
+    found: tuple[list[float], list[float]] = ([], [])
+    for step in range(config.steps + 2):
+        for seconds, search in zip(found, sides):
+            with torch.no_grad():
+                took = timed(lambda _, search=search: search(), {}, behaviour.device)
+            if step >= 2:
+                seconds.append(took)
+    return found
 
 
 def over(found: dict[str, list[float]], name: str) -> float:
@@ -102,7 +137,7 @@ def timed(take: Step, batch: Batch, device: torch.device) -> float:
 
 def trainer_of(config: RCLRecBenchConfig, model: str, folder: Path) -> RCLRecTrainer:
     start = Checkpoint.load(model, "cpu", "float32")
-    writer = EventWriter(PromptStyle(TEMPLATE, max_history=config.events), start.table, start.tokenizer)
+    writer = EventWriter(PromptStyle(TEMPLATE, max_history=config.events, events=True), start.table, start.tokenizer)
     args = RCLRecConfig(
         output_dir=str(folder), validation_users=0, k=config.k, bf16=False, report_to="none", save_strategy="no",
         disable_tqdm=True, per_device_train_batch_size=config.batch,

@@ -4,12 +4,13 @@ import pytest
 import torch
 from peft import LoraConfig
 from rclrec_for_tests import FAST, batch_of, ids_of, slow_choice, slow_loss, slow_nll, trainer_of, write_stage_1
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from recllm.errors import UserError
 from recllm.trainers import prefixed
 from recllm.trainers.conversion_validation import starts_of
-from recllm.trainers.prefixed import NLL_BASE, answer_of, gates_of, module_of
+from recllm.trainers.prefixed import NLL_BASE, answer_of, gated, gates_of, module_of
 from recllm.trainers.rclrec import RCLRecConfig
 
 
@@ -74,6 +75,42 @@ def test_a_gate_is_one_and_its_gradient_the_softmaxs():
     assert torch.allclose(gradient[0, :3], expected)
     assert gradient[0, 3] == 0
     assert gradient[1].abs().max() < 1e-6
+
+
+def test_a_gates_gradient_knows_what_the_item_is_worth():
+    """d NLL / d gate against what leaving the item out does, over random prompts of a random model with two layers."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 8}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=96, num_hidden_layers=2, num_key_value_heads=2, **shape)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.copy_(torch.randn_like(weight) * (1.5 / weight.size(1) ** 0.5 if weight.size(0) != 96 else 0.3))
+    items, prompt = 3, 12
+    source = torch.tensor(
+        [[-1, 0, 0, 1, 1, 2, 2, -1]]
+    )  # the opening, three items of two codes, a target of two less one
+    ids = torch.randint(96, (40, prompt + source.size(1) + 1))
+
+    def nll(some, gates):
+        mask = gated(torch.ones(len(some), prompt, dtype=torch.long), source.expand(len(some), -1), gates, torch.float)
+        above = torch.full((prompt, prompt), torch.finfo(torch.float).min).triu(1)
+        top = torch.nn.functional.pad(above, (0, source.size(1)), value=torch.finfo(torch.float).min)
+        whole = torch.cat([top.expand(len(some), 1, -1, -1), mask], dim=2)
+        logps = model(input_ids=some[:, :-1], attention_mask=whole).logits[:, -2:].log_softmax(-1)
+        return -logps.gather(2, some[:, -2:, None]).mean(dim=(1, 2))
+
+    gates = torch.ones(len(ids), items, requires_grad=True)
+    (gradient,) = torch.autograd.grad(nll(ids, gates).sum(), gates)
+    with torch.no_grad():
+        before = nll(ids, gates)
+        worth = []
+        for item in range(items - 1):  # the last item's last token predicts the target itself
+            out = torch.ones(len(ids), items)
+            out[:, item] = 1e-9
+            worth.append(before - nll(ids, out))
+    found = torch.stack([gradient[:, : items - 1].flatten(), torch.stack(worth, dim=1).flatten()])
+    assert torch.corrcoef(found)[0, 1] > 0.7
 
 
 # ---- loss and gradient
