@@ -89,12 +89,12 @@ class Converter:
     def _choose(self, events: Sequence[Sequence[Event]], users: Sequence[str | None], opening: int) -> Choose:
         model = self.checkpoint.model
         behaviour = model.get_input_embeddings()(torch.tensor([opening], device=model.device))[0].detach()
-        rows = self.module.user_rows(users)
+        rows, row_of = self.module.user_rows(users), self.checkpoint.table.row_of
 
         def choose(history: History) -> Choice:
             own = rows[list(history.places)].to(history.last.device)
             asked = history.states, history.mask, history.last, behaviour, own
-            keys = [f"{users[place]} {events[place]}" for place in history.places]
+            keys = [tuple(row_of[item] for item, _ in events[place]) for place in history.places]  # as in training
             relevance = self.module.relevance(*asked) if self.settings.selection == "learned" else None
             return Choice(self.module.choose(*asked, keys), relevance)
 

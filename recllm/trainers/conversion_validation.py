@@ -10,18 +10,17 @@ from transformers import PreTrainedModel
 
 from recllm.catalogue import Catalogue
 from recllm.checkpoint import Checkpoint
-from recllm.decoding import Answers, Decoder
-from recllm.decoding.decoder import without_dropout
+from recllm.decoding import Answers, Decoder, common_prefix
+from recllm.decoding.prefixed import Choice, History, PrefixedDecoder, Shown
 from recllm.errors import UserError
 from recllm.evaluation.validation import Validation, of_lists
 from recllm.event_prompts import EventWriter
 from recllm.mixtures.conversion_cases import ConversionEvents, cases, histories_of
 from recllm.models.prefix_module import PrefixModule, PrefixSettings
 from recllm.prompting import PromptStyle
-from recllm.trainers.prefixed import ConversionCollator, answer_of, embedded, encoded, module_of, selected
+from recllm.trainers.prefixed import embedded, module_of
 
 NO_MODULE = PrefixModule(PrefixSettings(selection="none"), 1)  # of stage 1
-AT_ONCE = 64  # prompts whose prefixes are selected together
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,35 +57,35 @@ class ConversionValidation(Validation):
             )
         ]  # fmt: skip
         prompts = [row["prompt_ids"] for row in rows]
-        return cls(checkpoint.tokens, prompts, targets, writer.prefix, min(beams, len(table)), rows, opening)
+        return cls(
+            checkpoint.tokens,
+            prompts,
+            targets,
+            common_prefix([*writer.ids([[]]), *prompts]),
+            min(beams, len(table)),
+            rows,
+            opening,
+        )
 
     def values(self, model: PreTrainedModel, share: slice = slice(None)) -> dict[str, Tensor]:
         found = self.beams_of(model, self.rows[share])
         return of_lists(found.rows, self.targets[share])
 
     def beams_of(self, model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Answers:
-        """Prompts extended by opening and prefix, and then beams as ever: each prompt is computed twice."""
-        collator = ConversionCollator(self.tokens, self.opening, 0, module_of(model) or NO_MODULE)
-        starts = starts_of(model, collator, rows)
-        prompts = [[*row["prompt_ids"], *start] for row, start in zip(rows, starts)]
-        return Decoder(model, self.tokens, prefix=self.prefix).beams(prompts, self.beams)
+        """As they will be served, by the module as it is now."""
+        module = module_of(model) or NO_MODULE
 
+        def choose(history: History) -> Choice:
+            own, device = [rows[place] for place in history.places], history.last.device
+            users = module.user_rows([row["user"] for row in own]).to(device)
+            behaviour = embedded(model, torch.tensor([self.opening], device=device))[0]
+            keys = [tuple(row["rows"]) for row in own]
+            return Choice(module.choose(history.states, history.mask, history.last, behaviour, users, keys))
 
-@torch.no_grad()
-def starts_of(
-    model: PreTrainedModel, collator: ConversionCollator, rows: Sequence[Mapping[str, Any]]
-) -> list[list[int]]:  # fmt: skip
-    """What an answer begins with, and is given: the opening token and the prefix selected."""
-    model, starts = model.get_base_model() if hasattr(model, "get_base_model") else model, []
-    with without_dropout(model):
-        for first in range(0, len(rows), AT_ONCE):
-            batch = {name: part.to(model.device) for name, part in collator(rows[first : first + AT_ONCE]).items()}
-            chosen = batch.get("chosen")
-            if chosen is None:
-                _, hidden = encoded(model, batch)
-                behaviour = embedded(model, batch["opening"][0])[0]
-                chosen, _ = selected(module_of(model), hidden, batch, behaviour)
-            answer = answer_of(batch["opening"], batch["items"], chosen, batch["target"])
-            given = answer.present & ~answer.target
-            starts += [ids[own].tolist() for ids, own in zip(answer.ids, given)]
-    return starts
+        decoder = Decoder(model, self.tokens, prefix=self.prefix)
+        prefixed = PrefixedDecoder(
+            decoder, self.opening, None if module.settings.selection == "none" else choose, module.settings.k
+        )
+        shown = [Shown(row["ends"], row["rows"]) for row in rows]
+        with torch.no_grad():
+            return prefixed.beams([row["prompt_ids"] for row in rows], shown, self.beams).found

@@ -3,13 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig
-from rclrec_for_tests import FAST, batch_of, ids_of, slow_choice, slow_loss, slow_nll, trainer_of, write_stage_1
+from rclrec_for_tests import FAST, batch_of, ids_of, slow_loss, slow_nll, trainer_of, write_stage_1
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from recllm.errors import UserError
 from recllm.trainers import prefixed
-from recllm.trainers.conversion_validation import starts_of
 from recllm.trainers.prefixed import NLL_BASE, answer_of, gated, gates_of, module_of
 from recllm.trainers.rclrec import RCLRecConfig
 
@@ -244,16 +243,6 @@ def test_a_history_without_items_is_answered_plainly(made, tmp_path):
         trainer.model.zero_grad()
         scores.logps.sum().backward()
         assert all(each.isfinite().all() for each in named(trainer).values())
-
-
-def test_what_an_answer_is_given_at_inference(made, tmp_path):
-    trainer = trainer_of(made, tmp_path, k=2)
-    rows = [trainer.train_dataset[place] for place in range(6)]
-    for row, start in zip(rows, starts_of(trainer.model, trainer.data_collator, rows)):
-        chosen, _ = slow_choice(trainer, row, trainer.data_collator.module)
-        codes = trainer.checkpoint.table.codes
-        prefix = [id for place in chosen for id in ids_of(trainer.checkpoint, codes[row["rows"][place]].tolist())]
-        assert start == [trainer.opening, *prefix]
 
 
 def test_the_module_has_a_learning_rate_of_its_own(made, tmp_path):
