@@ -57,15 +57,8 @@ class ConversionValidation(Validation):
             )
         ]  # fmt: skip
         prompts = [row["prompt_ids"] for row in rows]
-        return cls(
-            checkpoint.tokens,
-            prompts,
-            targets,
-            common_prefix([*writer.ids([[]]), *prompts]),
-            min(beams, len(table)),
-            rows,
-            opening,
-        )
+        prefix = common_prefix([*writer.ids([[]]), *prompts])  # behind it, a prompt without events too has a token
+        return cls(checkpoint.tokens, prompts, targets, prefix, min(beams, len(table)), rows, opening)
 
     def values(self, model: PreTrainedModel, share: slice = slice(None)) -> dict[str, Tensor]:
         found = self.beams_of(model, self.rows[share])
