@@ -108,7 +108,7 @@ def stage_2(config: RCLRecShopConfig, data: Path, folder: Path, name: str, seed:
         output_dir=str(folder / slug(name)), seed=seed, num_train_epochs=config.epochs, bf16=False, report_to="none",
         per_device_train_batch_size=config.batch, learning_rate=config.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=20, validation_users=500, load_best_model_at_end=True, save_total_limit=1, logging_steps=20,
-        user_width=0, **{"k": config.k, **settings},
+        user_width=0, dropout=0.1, **{"k": config.k, **settings},
     )  # fmt: skip
     return run_rclrec(RCLRecData(data=str(data)), training, ModelConfig(model_name_or_path=str(folder / "stage1")))
 

@@ -56,6 +56,9 @@ class RCLRecConfig(RecConfig, TrainingArguments):
     )
     user_width: int = field(default=32, metadata={"help": "Of a user's embedding. 0: users have none."})
     module_learning_rate: float = field(default=1e-3, metadata={"help": "Of the prefix module's own weights."})
+    dropout: float = field(
+        default=0.0, metadata={"help": "On embeddings and on what each block adds: for small models from scratch."}
+    )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Another order in every epoch."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the health log."})
     bf16: bool | None = field(default=None, metadata={"help": "Default: where the device is made for it."})
@@ -69,6 +72,8 @@ class RCLRecConfig(RecConfig, TrainingArguments):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UserError(f"{name} must be a whole number from 1, got {getattr(self, name)!r}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.gradient_checkpointing:
             raise UserError(
                 "gradient_checkpointing keeps no prompt for what follows it",

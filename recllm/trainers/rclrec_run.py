@@ -30,6 +30,7 @@ from recllm.trainers.prefixed import COLUMNS, NLL_BASE, ConversionCollator, Pref
 from recllm.trainers.rclrec import RCLRecConfig, RCLRecTrainer
 from recllm.trainers.rl_run import Method, run_rl
 from recllm.trainers.run import Run
+from recllm.training import add_dropout
 
 STAGE_1 = "begin with a checkpoint of recipes/sft.py on data_prep/build_conversions.py --stage all"
 
@@ -100,6 +101,8 @@ class RCLRec(Method):
         width = start.model.config.get_text_config().hidden_size
         module = PrefixModule(settings, width, sorted(set(prompts["user"])))
         opening = writer_of(conversions_of(data, start), start).opening(settings.target_behaviour)
+        if training.dropout:
+            add_dropout(start.model, training.dropout)
         return RCLRecTrainer(
             start, training, prompts, opening, module, validation, peft_config=lora_of(start.model, run.model)
         )
