@@ -2,7 +2,7 @@
 
     python benchmarks/grc_shop.py --output runs/grc_shop                 (about an hour on 2 quiet CPU cores)
     python benchmarks/grc_shop.py --output runs/grc_beauty --data runs/beauty --model runs/beauty/sft --seeds 0 \
-        --attributes categories --limit 20000 --users 4000              (docs/grc.md has what comes before)
+        --attributes categories --limit 8000 --users 1000 --steps 60    (docs/grc.md has what comes before)
 
 For each seed: a shop, an index whose items are all equally deep, a tiny Qwen3 trained on whole sequences (TIGER-style);
 its drafts of every event it was trained on; then the supervised stage with reflection (GRC) and without (GC), and
