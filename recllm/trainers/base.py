@@ -70,7 +70,7 @@ class RecGRPOTrainer(LogsHealth, EvaluatesByDecoding, GRPOTrainer):
         self, checkpoint: Checkpoint, args: RecGRPOConfig, prompts: Dataset, source: RolloutSource, rewards: Sequence,
         validation: Validation | None = None, peft_config=None, callbacks=None,
     ):  # fmt: skip
-        self.source, self.validation = source, validation
+        self.source, self.form, self.validation = source, source.form, validation
         super().__init__(
             model=checkpoint.model, reward_funcs=list(rewards), args=args, train_dataset=prompts,
             eval_dataset=prompts.select(range(0)) if validation else None,  # Trainer insists on one
@@ -234,7 +234,7 @@ class RecGRPOTrainer(LogsHealth, EvaluatesByDecoding, GRPOTrainer):
         everywhere = gather_object([batching.widths])
         widths = [max(1, *some) for some in zip(*everywhere)]
         batches = [
-            actor_batch(rollouts, signal, drawn, rows, width, self._tokenizer.pad_token_id, device, self.source.form)
+            actor_batch(rollouts, signal, drawn, rows, width, self._tokenizer.pad_token_id, device, self.form)
             for rows, width in zip(batching.batches, widths)
         ]
         window = min(len(batches), args.gradient_accumulation_steps)
@@ -273,7 +273,7 @@ class RecGRPOTrainer(LogsHealth, EvaluatesByDecoding, GRPOTrainer):
 
     def _logps(self, model, batch: Batch) -> Tensor:
         with self.accelerator.autocast():
-            return model(answer_rows=rows_of(batch, self.source.form), entropy=False)[0]
+            return model(answer_rows=rows_of(batch, self.form), entropy=False)[0]
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **_
@@ -282,7 +282,7 @@ class RecGRPOTrainer(LogsHealth, EvaluatesByDecoding, GRPOTrainer):
         if self._answering:
             return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
         with self.accelerator.autocast():
-            logps, entropies = model(answer_rows=rows_of(self._batch, self.source.form), entropy=compute_entropy)
+            logps, entropies = model(answer_rows=rows_of(self._batch, self.form), entropy=compute_entropy)
         self._logps_now = logps.detach()
         return logps, entropies, None
 

@@ -54,6 +54,8 @@ class KnownSource:
     prompts: Dataset
     alike: int = 0
 
+    form, labels = RolloutSource.form, RolloutSource.labels
+
     def rows_for(self, prompt: str, group: int) -> list[int]:
         """Rows of the table that the answers name."""
         place = self.prompts["prompt"].index(prompt)
