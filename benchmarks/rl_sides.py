@@ -88,6 +88,8 @@ class Given:
     own: RolloutSource
     rollouts: Rollouts
 
+    form, labels = RolloutSource.form, RolloutSource.labels
+
     @classmethod
     def of(cls, work: Work, own: RolloutSource, prompts: Dataset) -> "Given":
         random, (table, levels) = np.random.default_rng(work.seed), (own.checkpoint.table, own.checkpoint.tokens.levels)
