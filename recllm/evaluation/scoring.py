@@ -22,7 +22,7 @@ from recllm.errors import UserError
 from recllm.evaluation import drafts, repeats, samples
 from recllm.evaluation.predicting import some_users
 from recllm.evaluation.predictions import Prediction
-from recllm.evaluation.slices import item_rows, slices_of, to_tensor, training_counts
+from recllm.evaluation.slices import Slices, item_rows, slices_of, to_tensor, training_counts
 
 METRICS = {"recall": metrics.recall_at_k, "ndcg": metrics.ndcg_at_k, "mrr": metrics.mrr_at_k}
 KEY = ["user", "position"]
@@ -70,14 +70,13 @@ def score(
     names = [f"{name}@{at}" for name in METRICS for at in ks] + ([f"recall@{length}"] if length > k else [])
     values = {name: case_values(name, ranks) for name in names}
     user = user_numbers(cases)  # (P,)
-    more = {}
+    order, more = to_tensor(cases["line"]) - 1, {}
     if any(prediction.samples for prediction in predictions):
-        found = samples.answers(predictions, catalogue, file)[to_tensor(cases["line"]) - 1]  # (P, n)
+        found = samples.answers(predictions, catalogue, file)[order]  # (P, n)
         of_samples = samples.values_of(found, items, targets, ks, pass_ks)
         figures = {name: figure(value) for name, value in samples.chain_figures(predictions, found).items()}
         more = {"reasoning": {"samples": found.size(1), **_means(of_samples, user, seed), **figures}}
     if truth is not None:
-        order = to_tensor(cases["line"]) - 1
         given = drafts.Drafts(*(part[order] for part in drafts.drafts_of(predictions, catalogue, truth, file)))
         of_drafts = drafts.measured(given, items, targets, ks, truth)
         means = _means(of_drafts.of_cases, user, seed)
@@ -95,17 +94,22 @@ def score(
         **more,
         "lists": list_figures(items, targets, popularity, k),
         "slices": {
-            division.name: {
-                label: {
-                    "users": len(user[inside].unique()),
-                    "targets": int(inside.sum()),
-                    **{name: figure(values[name][inside].mean()) for name in (f"recall@{k}", f"ndcg@{k}")},
-                }
-                for number, label in enumerate(division.labels)
-                if (inside := division.member[to_tensor(measured).bool()] == number).any()
-            }
-            for division in divisions
+            division.name: _parts(division, to_tensor(measured).bool(), values, user, k) for division in divisions
         },
+    }
+
+
+def _parts(division: Slices, measured: Tensor, values: dict[str, Tensor], user: Tensor, k: int) -> dict:
+    """Recall and NDCG of each part of a division that somebody falls into."""
+    member = division.member[measured]  # (P,)
+    return {
+        label: {
+            "users": len(user[inside].unique()),
+            "targets": int(inside.sum()),
+            **{name: figure(values[name][inside].mean()) for name in (f"recall@{k}", f"ndcg@{k}")},
+        }
+        for number, label in enumerate(division.labels)
+        if (inside := member == number).any()
     }
 
 
