@@ -28,7 +28,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, Qwen3Config, Qwen
 
 from recllm import launch
 from recllm.decoding import Decoder
-from recllm.decoding.branches import backbone
+from recllm.decoding.body import backbone
 from recllm.files import write_json
 from recllm.trie import SemanticIdTrie
 

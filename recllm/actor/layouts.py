@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from recllm.actor.attention import Segments, segments_of
 from recllm.actor.rows import AnswerRows, Packed
-from recllm.decoding.branches import backbone, plain_attention
+from recllm.decoding.body import backbone, plain_attention
 from recllm.errors import UserError
 
 Layout = Literal["auto", "row", "cache", "padded"]

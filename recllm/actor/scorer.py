@@ -29,7 +29,7 @@ from recllm.actor.head import Finish, Matrix, code_scores, output_matrix, scaled
 from recllm.actor.layouts import Feed, Layout, agree, cheapest, check_layout, feed_of, run, takes_mask
 from recllm.actor.rows import AnswerRows, Packed
 from recllm.actor.targets import Targets
-from recllm.decoding.branches import plain_attention
+from recllm.decoding.body import plain_attention
 from recllm.decoding.decoder import without_dropout
 from recllm.decoding.head import Normaliser, check_normaliser, finish_of
 from recllm.errors import UserError

@@ -7,6 +7,7 @@ A branch may say several tokens in one pass, a block, whose tokens see of each o
 be made longer before anything branches.
 """
 
+import contextlib
 import weakref
 from dataclasses import dataclass
 
@@ -15,24 +16,32 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from recllm.decoding.attention import attending_in_groups
+from recllm.decoding.body import backbone, plain_attention
+from recllm.decoding.cache import growing_cache
+from recllm.decoding.last_layer import only_the_last_state
 from recllm.decoding.prompts import PromptBatch
 from recllm.errors import UserError
 
 
-def backbone(model: PreTrainedModel) -> torch.nn.Module:
-    """The model without its head: what gives hidden states."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
-    return model.get_decoder() or model.base_model
+def prefill(
+    model: PreTrainedModel, batch: PromptBatch, states: bool = False
+) -> tuple[DynamicCache, Tensor, Tensor]:  # fmt: skip
+    """Cache, which of its positions are tokens (P, T), and the last hidden state of each prompt (P, 1, D).
+
+    With `states` those of all tokens behind the prefix (P, own T, D).
+    """
+    with contextlib.nullcontext() if states else only_the_last_state(model):
+        return _prefill(model, batch)
 
 
-def prefill(model: PreTrainedModel, batch: PromptBatch) -> tuple[DynamicCache, Tensor, Tensor]:
-    """Cache, which of its positions are tokens (P, T), and the hidden states behind the prefix (P, own T, D)."""
+def _prefill(model: PreTrainedModel, batch: PromptBatch) -> tuple[DynamicCache, Tensor, Tensor]:
     body, device = backbone(model), batch.ids.device
     prompts, shared = len(batch.ids), len(batch.prefix)
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model)
     if shared:
         prefix = torch.tensor(batch.prefix, device=device).unsqueeze(0)
-        body(input_ids=prefix, past_key_values=cache, use_cache=True)
+        places = torch.arange(shared, device=device).unsqueeze(0)
+        body(input_ids=prefix, position_ids=places, past_key_values=cache, use_cache=True)
         if prompts > 1:
             cache.batch_repeat_interleave(prompts)
     seen = torch.cat([batch.mask.new_ones(prompts, shared), batch.mask], dim=1)  # (P, T)
@@ -75,9 +84,10 @@ class Block:
 class Branches:
     """Prompts and what has been said after them. Every step gives tokens to each branch, or to some of them."""
 
-    def __init__(self, model: PreTrainedModel, batch: PromptBatch):
+    def __init__(self, model: PreTrainedModel, batch: PromptBatch, states: bool = False):
         self.body, self.dtype = backbone(model), model.dtype
-        self.cache, self.seen, self.hidden = prefill(model, batch)  # hidden: of the tokens computed last, (P, M, D)
+        # hidden: of the tokens computed last, or of the last one alone, (P, M, D)
+        self.cache, self.seen, self.hidden = prefill(model, batch, states)
         self.lengths = batch.lengths  # (P,)
         self.depth = 0  # where the next token stands, counted from the prompt's end
         self.slots: Tensor | None = None  # where each branch of the last step is kept, if not all took part in it
@@ -90,7 +100,8 @@ class Branches:
     def states_at(self, places: Tensor) -> Tensor:
         """Hidden states of prompt tokens, counted from each prompt's first. (P, J) -> (P, J, D)
 
-        They have to stand behind the prefix that all prompts share, of which no states are kept.
+        The prompts have to be computed with `states`; the tokens stand behind the prefix that all prompts share, of
+        which no states are kept.
         """
         columns = self.hidden.size(1) + places - self.lengths.unsqueeze(1)  # prompts stand at the right end
         return self.hidden.gather(1, columns.unsqueeze(2).expand(-1, -1, self.hidden.size(2)))
@@ -144,8 +155,8 @@ class Branches:
 class TreeBranches(Branches):
     """Branches as query positions over the prompt's cache."""
 
-    def __init__(self, model: PreTrainedModel, batch: PromptBatch):
-        super().__init__(model, batch)
+    def __init__(self, model: PreTrainedModel, batch: PromptBatch, states: bool = False):
+        super().__init__(model, batch, states)
         self.model = model
         self.ancestors = self.seen.new_zeros(len(self.seen), 1, 0)  # (P, B, positions after the prompt)
 
@@ -204,9 +215,12 @@ class ExpandedBranches(Branches):
 _takes_tree_mask: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def branches_of(model: PreTrainedModel, batch: PromptBatch) -> Branches:
-    """The prompts computed, ready to branch, in the fastest way that is right for this model."""
-    return (TreeBranches if takes_tree_mask(model) else ExpandedBranches)(model, batch)
+def branches_of(model: PreTrainedModel, batch: PromptBatch, states: bool = False) -> Branches:
+    """The prompts computed, ready to branch, in the fastest way that is right for this model.
+
+    `states`: is it asked for the states of prompt tokens other than the last?
+    """
+    return (TreeBranches if takes_tree_mask(model) else ExpandedBranches)(model, batch, states)
 
 
 def takes_tree_mask(model: PreTrainedModel) -> bool:
@@ -214,14 +228,6 @@ def takes_tree_mask(model: PreTrainedModel) -> bool:
     if model not in _takes_tree_mask:
         _takes_tree_mask[model] = plain_attention(model) and _agrees(model)
     return _takes_tree_mask[model]
-
-
-def plain_attention(model: PreTrainedModel) -> bool:
-    """Every layer attends to everything: a window would take branches, and padding inside a prompt, for distance."""
-    config = model.config.get_text_config()
-    if layers := getattr(config, "layer_types", None):
-        return all(kind == "full_attention" for kind in layers)
-    return not getattr(config, "sliding_window", None) and not getattr(config, "attention_chunk_size", None)
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recllm.decoding.branches import backbone, plain_attention, prefill
+from recllm.decoding.body import backbone, plain_attention
+from recllm.decoding.branches import prefill
 from recllm.decoding.decoder import Prompts, generator_of, without_dropout
 from recllm.decoding.head import finish_of
 from recllm.decoding.memory import in_batches, prompts_at_once

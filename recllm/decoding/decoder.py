@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recllm.decoding.allowed import Allowed
-from recllm.decoding.branches import branches_of, plain_attention
+from recllm.decoding.body import plain_attention
+from recllm.decoding.branches import branches_of
 from recllm.decoding.head import Head, Normaliser, check_normaliser
 from recllm.decoding.memory import in_batches, prompts_at_once
 from recllm.decoding.prompts import PromptBatch
@@ -39,6 +40,7 @@ class Behind(NamedTuple):
     tokens: int  # in a row
     branches: int  # at a time
     positions: int  # in all
+    states: bool = False  # is it asked for the states of prompt tokens?
 
 
 class Decoder:
@@ -157,7 +159,8 @@ class Decoder:
             places = order[start:end]
             batch = PromptBatch.of([prompts[place] for place in places], self.prefix, self.model.device)
             some = shared.without(self.trie, [exclude[place] for place in places]) if exclude else shared
-            work(Walk(branches_of(self.model, batch), self.head, self.trie, self.normaliser, some), places)
+            branches = branches_of(self.model, batch, behind.states)
+            work(Walk(branches, self.head, self.trie, self.normaliser, some), places)
 
         self.head.gather()
         with without_dropout(self.model):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recllm.decoding.branches import backbone
+from recllm.decoding.body import backbone
 from recllm.errors import UserError
 
 Normaliser = Literal["full", "level", "children"]

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recllm.decoding.branches import Branches, plain_attention
+from recllm.decoding.body import plain_attention
+from recllm.decoding.branches import Branches
 from recllm.decoding.decoder import Answers, Behind, Decoder, Prompts
 from recllm.decoding.search import NONE, Walk, beams
 from recllm.errors import UserError
@@ -110,7 +111,9 @@ class PrefixedDecoder:
     def _behind(self, width: int) -> Behind:
         levels = self.decoder.trie.levels
         prefix = 1 + (self.k if self.choose else 0) * levels
-        return Behind(prefix + levels, max(width, prefix), prefix + width * (levels - 1))
+        return Behind(
+            prefix + levels, max(width, prefix), prefix + width * (levels - 1), states=self.choose is not None
+        )
 
     def _chosen(self, branches: Branches, shown: Sequence[Shown], places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Events and their relevance. (P, K), (P, K)"""

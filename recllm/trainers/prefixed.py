@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from recllm.actor.head import output_matrix, text_scores
-from recllm.decoding.branches import backbone
+from recllm.decoding.body import backbone
 from recllm.decoding.decoder import without_dropout
 from recllm.decoding.head import finish_of
 from recllm.models.prefix_module import PrefixModule

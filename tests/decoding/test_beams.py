@@ -3,17 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from other_models import COMMON, OTHERS
 from reference import LEVELS, SIZES, item_scores, shaken, some_codes, some_model, some_prompts
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from transformers import MistralConfig, MistralForCausalLM
 
 from recllm.decoding import Decoder, beam_search, common_prefix
 from recllm.decoding.branches import ExpandedBranches, TreeBranches, takes_tree_mask
@@ -94,18 +86,6 @@ def test_greedy_is_one_beam():
 
 
 # ---- models of other kinds
-
-COMMON = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)  # noqa: C408
-OTHERS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON, num_key_value_heads=2)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4)),
-    "mistral with a window": lambda: MistralForCausalLM(
-        MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=5)
-    ),
-    "gemma2 with soft caps": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**COMMON, num_key_value_heads=2, head_dim=16, sliding_window=5, final_logit_softcapping=2.0)
-    ),
-}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -252,11 +232,11 @@ def test_out_of_memory_lowers_the_batch_and_nothing_else(monkeypatch, capsys):
     expected = Decoder(model, LEVELS, trie).beams(prompts, 10)
     sizes = []
 
-    def tight(model, batch):
+    def tight(model, batch, states):
         sizes.append(len(batch.ids))
         if len(batch.ids) > 2:
             raise torch.OutOfMemoryError("full")
-        return TreeBranches(model, batch)
+        return TreeBranches(model, batch, states)
 
     monkeypatch.setattr("recllm.decoding.decoder.branches_of", tight)
     decoder = Decoder(model, LEVELS, trie)
@@ -269,11 +249,11 @@ def test_out_of_memory_lowers_the_batch_and_nothing_else(monkeypatch, capsys):
 def test_the_lowered_batch_is_remembered(monkeypatch):
     sizes = []
 
-    def tight(model, batch):
+    def tight(model, batch, states):
         sizes.append(len(batch.ids))
         if len(batch.ids) > 2:
             raise RuntimeError("CUDA error: out of memory")
-        return TreeBranches(model, batch)
+        return TreeBranches(model, batch, states)
 
     monkeypatch.setattr("recllm.decoding.decoder.branches_of", tight)
     decoder = Decoder(some_model(), LEVELS, SemanticIdTrie.from_codes(some_codes(), SIZES))
