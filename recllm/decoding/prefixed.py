@@ -20,8 +20,7 @@ from recllm.decoding.branches import Branches
 from recllm.decoding.decoder import Answers, Behind, Decoder, Prompts
 from recllm.decoding.search import NONE, Walk, beams
 from recllm.errors import UserError
-
-ABSENT = -1
+from recllm.objectives.rclrec import ABSENT
 
 
 class History(NamedTuple):

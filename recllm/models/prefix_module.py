@@ -69,7 +69,12 @@ def _whole(value: object) -> bool:
 
 
 class PrefixModule(nn.Module):
-    """`users`: those with an embedding of their own, which begins at 0; all others are 0 for good (row 0)."""
+    """`users`: those with an embedding of their own, which begins at 0; all others are 0 for good (row 0).
+
+    `user_dropout`: the share of users whom a training step takes for unknown, or that row would be new to the query.
+    """
+
+    user_dropout = 0.0
 
     def __init__(self, settings: PrefixSettings, width: int, users: Sequence[str] = ()):
         super().__init__()
@@ -102,6 +107,8 @@ class PrefixModule(nn.Module):
         `behaviour`: the model's own embedding of the target behaviour's token. In the module's own precision, since
         under autocast items would tie.
         """
+        if self.training and self.user_dropout and self.users:
+            users = users.masked_fill(torch.rand(users.shape, device=users.device) < self.user_dropout, 0)
         with torch.autocast(states.device.type, enabled=False):
             states, last, behaviour = (part.to(self.features.weight.dtype) for part in (states, last, behaviour))
             there = mask.to(states.dtype).unsqueeze(2)  # (P, J, 1)

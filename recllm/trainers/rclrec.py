@@ -55,6 +55,10 @@ class RCLRecConfig(RecConfig, TrainingArguments):
         default="learned", metadata={"help": "recent, random: K items without a query; none: no prefix."}
     )
     user_width: int = field(default=32, metadata={"help": "Of a user's embedding. 0: users have none."})
+    user_dropout: float = field(
+        default=0.1,
+        metadata={"help": "Share of users taken for unknown in a step, as those of whom training has none."},
+    )
     module_learning_rate: float = field(default=1e-3, metadata={"help": "Of the prefix module's own weights."})
     dropout: float = field(
         default=0.0, metadata={"help": "On embeddings and on what each block adds: for small models from scratch."}
@@ -72,8 +76,9 @@ class RCLRecConfig(RecConfig, TrainingArguments):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UserError(f"{name} must be a whole number from 1, got {getattr(self, name)!r}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name in ("dropout", "user_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.gradient_checkpointing:
             raise UserError(
                 "gradient_checkpointing keeps no prompt for what follows it",
@@ -113,6 +118,7 @@ class RCLRecTrainer(LogsHealth, EvaluatesByDecoding, Trainer):
         """`conversions`: COLUMNS, and with a quality loss NLL_BASE; `opening`: the target behaviour's token."""
         model, self.validation, self.scorer = checkpoint.model, validation, PrefixScorer()
         self.scorer.install(model)
+        module.user_dropout = args.user_dropout
         model.add_module(NAME, module)  # so that it trains, and is saved and loaded with every step
         if peft_config is not None:
             model = get_peft_model(model, with_module(peft_config) if module.learned else peft_config)

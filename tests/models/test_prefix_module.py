@@ -73,6 +73,20 @@ def test_users(asked):
     assert nobody.choose(**asked, users=nobody.user_rows(["ann"] * 3))[0].min() >= 0
 
 
+def test_training_takes_some_users_for_unknown_and_asking_none(asked):
+    module = made()
+    known, unknown = (
+        module.relevance(**asked, users=module.user_rows([name] * 3))[0, 0].item() for name in ("ann", "nobody")
+    )
+    module.user_dropout = 0.3
+    users = module.user_rows(["ann"] * 3)
+    seen = [module.train().relevance(**asked, users=users)[0, 0].item() for _ in range(200)]
+    share = sum(abs(value - unknown) < 1e-6 for value in seen) / len(seen)
+    assert 0.15 < share < 0.45
+    assert all(min(abs(value - known), abs(value - unknown)) < 1e-6 for value in seen)
+    assert all(abs(module.eval().relevance(**asked, users=users)[0, 0].item() - known) < 1e-6 for _ in range(20))
+
+
 def test_autocast_makes_no_ties(asked):
     module, users = made(), torch.zeros(3, dtype=torch.int64)
     plain = module.relevance(**asked, users=users)

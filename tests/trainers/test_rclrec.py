@@ -257,6 +257,7 @@ def test_the_module_has_a_learning_rate_of_its_own(made, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"user_dropout": 1.0}, r"user_dropout must be in"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"k": 0}, "k, the items of a prefix, is 0"),
         ({"temperature": 0.0}, "τ of the selection, must be above 0"),

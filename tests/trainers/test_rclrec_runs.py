@@ -220,7 +220,7 @@ def launched(made, tmp_path, output, processes=1, stop_at=None, **settings) -> s
 
 def test_killed_and_resumed_the_weights_are_the_same_bits(made, tmp_path):
     """kill -9 in the third epoch, between two saves."""
-    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "num_train_epochs": 9}
+    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "num_train_epochs": 9, "user_dropout": 0.5}
     whole = train(made, tmp_path / "whole", **settings)
     killed = launched(made, tmp_path, tmp_path / "killed", stop_at=5, **settings)
     assert killed.returncode == -9, killed.stderr[-2000:]
