@@ -27,16 +27,15 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from recllm.actor import AnswerRows
 from recllm.checkpoint import Checkpoint
 from recllm.decoding import Normaliser
 from recllm.errors import UserError
-from recllm.evaluation.validation import EvaluatesByDecoding, Validation
+from recllm.evaluation.validation import Validation
 from recllm.objectives.exact import (
     expected_prefix_reward,
     expected_success,
@@ -44,18 +43,15 @@ from recllm.objectives.exact import (
     prefix_token_weights,
 )
 from recllm.trainers.batches import Batch, rows_of
-from recllm.trainers.callbacks import add_callbacks
-from recllm.trainers.config import RecConfig
-from recllm.trainers.health_log import HealthLog, LogsHealth
 from recllm.trainers.paths import LevelLogps, PathCollator, PathScorer, PathScores, path_kl
-from recllm.trainers.prompt_sampler import PromptSampler
+from recllm.trainers.prompt_trainer import PromptConfig, PromptTrainer
 from recllm.trie import SemanticIdTrie
 
 WEIGHTS = ("prefix_weight", "hit_weight", "success_weight", "log_weight", "kl_weight")
 
 
 @dataclass
-class ExactConfig(RecConfig, TrainingArguments):
+class ExactConfig(PromptConfig):
     """The Trainer's settings, and what is maximised."""
 
     EVALUATE = "steps"
@@ -78,10 +74,6 @@ class ExactConfig(RecConfig, TrainingArguments):
     normaliser: Normaliser = field(
         default="children", metadata={"help": "What a code's probability is normalised over: as in decoding."}
     )
-    shuffle_dataset: bool = field(default=True, metadata={"help": "Another order in every epoch."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the health log."})
-    bf16: bool | None = field(default=None, metadata={"help": "Default: where the device is made for it."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Refused."})
 
     def check(self) -> None:
         for name in (*WEIGHTS, "reward_beta", "temperature"):
@@ -99,18 +91,7 @@ class ExactConfig(RecConfig, TrainingArguments):
             raise UserError(f"reward_beta {self.reward_beta} and temperature {self.temperature} must be above 0")
         if not isinstance(self.pass_k, int) or self.pass_k < 1:
             raise UserError(f"pass_k must be a whole number from 1, got {self.pass_k!r}")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(f"{name} must be a whole number from 1, got {getattr(self, name)!r}")
-        self.refuse(
-            {
-                "auto_find_batch_size": self.auto_find_batch_size,
-                "label_smoothing_factor": bool(self.label_smoothing_factor),
-                "train_sampling_strategy": self.train_sampling_strategy != "random",
-                "eval_on_start": self.eval_on_start and not self.validation_users,
-            }
-        )
-        self.remove_unused_columns = False  # a row is a prompt and a target; the collator makes the model's inputs
+        super().check()
 
 
 # ---- the maths of a batch
@@ -167,8 +148,8 @@ def with_gradient(value: Tensor, weights: Tensor, path_logps: Tensor) -> Tensor:
 # ---- the trainer
 
 
-class ExactTrainer(LogsHealth, EvaluatesByDecoding, Trainer):
-    """Only the loss, the order of the batches and the evaluation differ from the Trainer."""
+class ExactTrainer(PromptTrainer):
+    """Only the loss differs from its base."""
 
     _tag_names: ClassVar = ["trl", "exact", "recllm"]
     _name = "Exact"
@@ -177,7 +158,7 @@ class ExactTrainer(LogsHealth, EvaluatesByDecoding, Trainer):
         self, checkpoint: Checkpoint, args: ExactConfig, prompts: Dataset, validation: Validation | None = None,
         peft_config: LoraConfig | None = None, callbacks=None,
     ):  # fmt: skip
-        model, self.validation = checkpoint.model, validation
+        model = checkpoint.model
         self.scorer = PathScorer(
             model, checkpoint.tokens, SemanticIdTrie.from_codes(checkpoint.table.codes, checkpoint.table.sizes),
             normaliser=args.normaliser, temperature=args.temperature, distributions=bool(args.kl_weight),
@@ -187,25 +168,12 @@ class ExactTrainer(LogsHealth, EvaluatesByDecoding, Trainer):
             self.reference = copy.deepcopy(model).requires_grad_(False).eval().to(args.device)
             self.scorer.install(self.reference)
         self.scorer.install(model)
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)
-            disable_dropout_in_model(model)  # LoRA's would give the exact gradient a variance
-            if args.gradient_checkpointing:
-                model.enable_input_require_grads()
+        collator = PathCollator(checkpoint.tokens, checkpoint.tokenizer.pad_token_id)
         super().__init__(
-            model=model, args=args, train_dataset=prompts.select_columns(["prompt_ids", "target"]),
-            eval_dataset=prompts.select(range(0)) if validation else None,  # Trainer insists on one
-            data_collator=PathCollator(checkpoint.tokens, checkpoint.tokenizer.pad_token_id),
-            processing_class=checkpoint.tokenizer, callbacks=callbacks,
+            checkpoint, args, prompts, ("prompt_ids", "target"), collator, validation, peft_config, callbacks
         )  # fmt: skip
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch's targets: accumulation averages
-        self.health = HealthLog.of(self.accelerator, model)
-        add_callbacks(self)
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> PromptSampler:
-        args, data = self.args, self.train_dataset if dataset is None else dataset
-        self.sampler = PromptSampler(len(data), args.rows_a_step, 1, 1, args.seed, args.shuffle_dataset)
-        return self.sampler
+        if peft_config is not None:
+            disable_dropout_in_model(self.model)  # LoRA's would give the exact gradient a variance
 
     def compute_loss(self, model, inputs: Batch, return_outputs=False, num_items_in_batch=None) -> Tensor:
         args, rows = self.args, rows_of(inputs)

@@ -15,21 +15,17 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
 
 from recllm.actor import AnswerRows, AnswerScorer
 from recllm.checkpoint import Checkpoint
 from recllm.errors import UserError
-from recllm.evaluation.validation import EvaluatesByDecoding, Validation
+from recllm.evaluation.validation import Validation
 from recllm.reflection import Reflection
 from recllm.tokenization import ItemTokens
 from recllm.trainers.batches import Batch, padded
-from recllm.trainers.callbacks import add_callbacks
-from recllm.trainers.config import RecConfig
-from recllm.trainers.health_log import HealthLog, LogsHealth
-from recllm.trainers.prompt_sampler import PromptSampler
+from recllm.trainers.prompt_trainer import PromptConfig, PromptTrainer
 from recllm.trie import SemanticIdTrie
 
 COLUMNS = ("prompt_ids", "target", "drafts", "loc", "same")
@@ -37,7 +33,7 @@ INITIAL, LABELS, ITEMS = "initial", "reflection", "correction"
 
 
 @dataclass
-class GRCSFTConfig(RecConfig, TrainingArguments):
+class GRCSFTConfig(PromptConfig):
     """The Trainer's settings, and those of the template."""
 
     EVALUATE = "epoch"
@@ -50,28 +46,13 @@ class GRCSFTConfig(RecConfig, TrainingArguments):
         default="parallel",
         metadata={"help": "parallel: labels blind to one another, by a mask; causal: for engines without masks."},
     )
-    shuffle_dataset: bool = field(default=True, metadata={"help": "Another order in every epoch."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the health log."})
-    bf16: bool | None = field(default=None, metadata={"help": "Default: where the device is made for it."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Refused."})
 
     def check(self) -> None:
         if not 0 < self.reflection_weight < float("inf"):
             raise UserError(f"reflection_weight, λ_rc, must be above 0 and finite, got {self.reflection_weight}")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(f"{name} must be a whole number from 1, got {getattr(self, name)!r}")
         if self.reflection_layout not in ("parallel", "causal"):
             raise UserError(f"reflection_layout {self.reflection_layout!r} is not one of parallel, causal")
-        self.refuse(
-            {
-                "auto_find_batch_size": self.auto_find_batch_size,
-                "label_smoothing_factor": bool(self.label_smoothing_factor),
-                "train_sampling_strategy": self.train_sampling_strategy != "random",
-                "eval_on_start": self.eval_on_start and not self.validation_users,
-            }
-        )
-        self.remove_unused_columns = False  # a row is a prompt with drafts; the collator makes the model's inputs
+        super().check()
 
 
 class TrajectoryCollator:
@@ -121,8 +102,8 @@ class TrajectoryCollator:
         return [int(self.levels[level][code]) for level, code in enumerate(codes)]
 
 
-class GRCSFTTrainer(LogsHealth, EvaluatesByDecoding, Trainer):
-    """Only the loss, the order of the batches and the evaluation differ from the Trainer."""
+class GRCSFTTrainer(PromptTrainer):
+    """Only the loss differs from its base."""
 
     _tag_names: ClassVar = ["trl", "sft", "grc", "recllm"]
     _name = "GRC-SFT"
@@ -131,33 +112,17 @@ class GRCSFTTrainer(LogsHealth, EvaluatesByDecoding, Trainer):
         self, checkpoint: Checkpoint, args: GRCSFTConfig, prompts: Dataset, validation: Validation | None = None,
         peft_config: LoraConfig | None = None, callbacks=None,
     ):  # fmt: skip
-        model, self.validation, reflection = checkpoint.model, validation, checkpoint.reflection
+        model, reflection = checkpoint.model, checkpoint.reflection
         self.form, self.template = reflection.template.form, reflection.template
         self.scorer = AnswerScorer(
             model, checkpoint.tokens, SemanticIdTrie.from_codes(checkpoint.table.codes, checkpoint.table.sizes),
             normaliser="full", labels=reflection.tokens.labels,  # as in pre-training
         )  # fmt: skip
         self.scorer.install(model)
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)
-            if args.gradient_checkpointing:
-                model.enable_input_require_grads()
-        super().__init__(
-            model=model, args=args, train_dataset=prompts.select_columns(list(COLUMNS)),
-            eval_dataset=prompts.select(range(0)) if validation else None,  # Trainer insists on one
-            data_collator=TrajectoryCollator(
-                checkpoint.tokens, reflection, checkpoint.tokenizer.pad_token_id, args.reflection_weight
-            ),
-            processing_class=checkpoint.tokenizer, callbacks=callbacks,
-        )  # fmt: skip
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch's prompts: accumulation averages
-        self.health = HealthLog.of(self.accelerator, model)
-        add_callbacks(self)
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> PromptSampler:
-        args, data = self.args, self.train_dataset if dataset is None else dataset
-        self.sampler = PromptSampler(len(data), args.rows_a_step, 1, 1, args.seed, args.shuffle_dataset)
-        return self.sampler
+        collator = TrajectoryCollator(
+            checkpoint.tokens, reflection, checkpoint.tokenizer.pad_token_id, args.reflection_weight
+        )
+        super().__init__(checkpoint, args, prompts, COLUMNS, collator, validation, peft_config, callbacks)
 
     def compute_loss(self, model, inputs: Batch, return_outputs=False, num_items_in_batch=None) -> Tensor:
         weights = inputs["weights"]

@@ -14,19 +14,15 @@ from typing import ClassVar
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
 
 from recllm.checkpoint import Checkpoint
 from recllm.errors import UserError
-from recllm.evaluation.validation import EvaluatesByDecoding, Validation
+from recllm.evaluation.validation import Validation
 from recllm.models.prefix_module import PrefixModule, PrefixSettings, Selection
 from recllm.objectives.rclrec import average_nll, quality_loss
 from recllm.trainers.batches import Batch
-from recllm.trainers.callbacks import add_callbacks
-from recllm.trainers.config import RecConfig
-from recllm.trainers.health_log import HealthLog, LogsHealth
 from recllm.trainers.prefixed import (
     COLUMNS,
     NAME,
@@ -36,11 +32,11 @@ from recllm.trainers.prefixed import (
     PrefixScores,
     module_of,
 )
-from recllm.trainers.prompt_sampler import PromptSampler
+from recllm.trainers.prompt_trainer import PromptConfig, PromptTrainer
 
 
 @dataclass
-class RCLRecConfig(RecConfig, TrainingArguments):
+class RCLRecConfig(PromptConfig):
     """The Trainer's settings, and those of the prefix."""
 
     EVALUATE = "epoch"
@@ -63,19 +59,12 @@ class RCLRecConfig(RecConfig, TrainingArguments):
     dropout: float = field(
         default=0.0, metadata={"help": "On embeddings and on what each block adds: for small models from scratch."}
     )
-    shuffle_dataset: bool = field(default=True, metadata={"help": "Another order in every epoch."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the health log."})
-    bf16: bool | None = field(default=None, metadata={"help": "Default: where the device is made for it."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Refused."})
 
     def check(self) -> None:
         _ = self.prefix("pay")
         for name, what in (("quality_weight", "λ"), ("margin", "m"), ("module_learning_rate", "a learning rate")):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name}, {what}, must not be below 0 and be finite, got {getattr(self, name)}")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(f"{name} must be a whole number from 1, got {getattr(self, name)!r}")
         for name in ("dropout", "user_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -84,15 +73,7 @@ class RCLRecConfig(RecConfig, TrainingArguments):
                 "gradient_checkpointing keeps no prompt for what follows it",
                 fix="leave it out; a smaller per_device_train_batch_size where memory is short",
             )
-        self.refuse(
-            {
-                "auto_find_batch_size": self.auto_find_batch_size,
-                "label_smoothing_factor": bool(self.label_smoothing_factor),
-                "train_sampling_strategy": self.train_sampling_strategy != "random",
-                "eval_on_start": self.eval_on_start and not self.validation_users,
-            }
-        )
-        self.remove_unused_columns = False  # a row is a prompt, its items and a target; the collator makes the inputs
+        super().check()
 
     @property
     def needs_base(self) -> bool:
@@ -105,8 +86,8 @@ class RCLRecConfig(RecConfig, TrainingArguments):
         )
 
 
-class RCLRecTrainer(LogsHealth, EvaluatesByDecoding, Trainer):
-    """Only the loss, the module's learning rate, the order of the batches and the evaluation differ from Trainer."""
+class RCLRecTrainer(PromptTrainer):
+    """Only the loss and the module's learning rate differ from its base."""
 
     _tag_names: ClassVar = ["trl", "sft", "rclrec", "recllm"]
     _name = "RCLRec"
@@ -116,27 +97,15 @@ class RCLRecTrainer(LogsHealth, EvaluatesByDecoding, Trainer):
         validation: Validation | None = None, peft_config: LoraConfig | None = None, callbacks=None,
     ):  # fmt: skip
         """`conversions`: COLUMNS, and with a quality loss NLL_BASE; `opening`: the target behaviour's token."""
-        model, self.validation, self.scorer = checkpoint.model, validation, PrefixScorer()
+        model, self.scorer = checkpoint.model, PrefixScorer()
         self.scorer.install(model)
         module.user_dropout = args.user_dropout
         model.add_module(NAME, module)  # so that it trains, and is saved and loaded with every step
-        if peft_config is not None:
-            model = get_peft_model(model, with_module(peft_config) if module.learned else peft_config)
+        if peft_config is not None and module.learned:
+            peft_config = with_module(peft_config)
         columns = [*COLUMNS, *([NLL_BASE] if args.needs_base else [])]
-        super().__init__(
-            model=model, args=args, train_dataset=conversions.select_columns(columns),
-            eval_dataset=conversions.select(range(0)) if validation else None,  # Trainer insists on one
-            data_collator=ConversionCollator(checkpoint.tokens, opening, checkpoint.tokenizer.pad_token_id, module),
-            processing_class=checkpoint.tokenizer, callbacks=callbacks,
-        )  # fmt: skip
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch's prompts: accumulation averages
-        self.health = HealthLog.of(self.accelerator, model)
-        add_callbacks(self)
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> PromptSampler:
-        args, data = self.args, self.train_dataset if dataset is None else dataset
-        self.sampler = PromptSampler(len(data), args.rows_a_step, 1, 1, args.seed, args.shuffle_dataset)
-        return self.sampler
+        collator = ConversionCollator(checkpoint.tokens, opening, checkpoint.tokenizer.pad_token_id, module)
+        super().__init__(checkpoint, args, conversions, columns, collator, validation, peft_config, callbacks)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Trainer's, with groups of their own for the module's weights."""
