@@ -25,6 +25,7 @@ from recllm.files import digest, read_object, require, write_json, write_whole
 from recllm.objectives.rclrec import ABSENT, ascending_top_k
 
 Selection = Literal["learned", "recent", "random", "none"]
+QueryStart = Literal["behaviour", "random"]
 WEIGHTS, SETTINGS = "prefix_module.safetensors", "prefix_module.json"
 TRAIN = "train it with recipes/rclrec.py"
 
@@ -39,6 +40,7 @@ class PrefixSettings:
     target_behaviour: str = "pay"
     user_width: int = 32  # of a user's embedding; 0: users have none
     seed: int = 0  # of the weights at first, and of selection random
+    query_start: QueryStart = "behaviour"  # the query before it has learnt: e_pay, or what random weights say
 
     def __post_init__(self):
         if not _whole(self.k) or self.k < 1:
@@ -47,6 +49,8 @@ class PrefixSettings:
             raise UserError(f"temperature, τ of the selection, must be above 0 and finite, got {self.temperature}")
         if self.selection not in get_args(Selection):
             raise UserError(f"selection {self.selection!r} is not one of {', '.join(get_args(Selection))}")
+        if self.query_start not in get_args(QueryStart):
+            raise UserError(f"query_start {self.query_start!r} is not one of {', '.join(get_args(QueryStart))}")
         if not _whole(self.user_width) or self.user_width < 0:
             raise UserError(f"user_width must be a whole number from 0, got {self.user_width!r}")
         if not self.target_behaviour:
@@ -87,7 +91,24 @@ class PrefixModule(nn.Module):
             self.user_embedding = nn.Embedding(1 + len(self.users), settings.user_width, padding_idx=0)
             nn.init.zeros_(self.user_embedding.weight)  # what is not known of a user is what others have in common
             self.features = nn.Linear(settings.user_width + 2 * width, width)  # W_u
-            self.query = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
+            self.query = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        if settings.query_start == "behaviour":
+            self._ask_for_the_behaviour()
+
+    @torch.no_grad()
+    def _ask_for_the_behaviour(self) -> None:
+        """q = e_pay to begin with, since SiLU(x) − SiLU(−x) = x.
+
+        Under tied embeddings ⟨e_pay, h_j⟩ is the logit of `<|pay|>` right after event j: relevant is what the first
+        stage expects a purchase after, and the prefix is worth something from the first step on.
+        """
+        first, _, second = self.query
+        same = torch.eye(self.width)
+        for layer in (first, second):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        first.weight[:, self.width :] = torch.cat([same, -same])
+        second.weight.copy_(torch.cat([same, -same], dim=1))
 
     @property
     def learned(self) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from recllm.checkpoint import Checkpoint
 from recllm.errors import UserError
 from recllm.evaluation.validation import Validation
-from recllm.models.prefix_module import PrefixModule, PrefixSettings, Selection
+from recllm.models.prefix_module import PrefixModule, PrefixSettings, QueryStart, Selection
 from recllm.objectives.rclrec import average_nll, quality_loss
 from recllm.trainers.batches import Batch
 from recllm.trainers.prefixed import (
@@ -49,6 +49,10 @@ class RCLRecConfig(PromptConfig):
     )
     selection: Selection = field(
         default="learned", metadata={"help": "recent, random: K items without a query; none: no prefix."}
+    )
+    query_start: QueryStart = field(
+        default="behaviour",
+        metadata={"help": "The query at first. behaviour: what the model expects the target behaviour after; random."},
     )
     user_width: int = field(default=32, metadata={"help": "Of a user's embedding. 0: users have none."})
     user_dropout: float = field(
@@ -82,7 +86,7 @@ class RCLRecConfig(PromptConfig):
 
     def prefix(self, target_behaviour: str) -> PrefixSettings:
         return PrefixSettings(
-            self.k, self.temperature, self.selection, target_behaviour, self.user_width, seed=self.seed
+            self.k, self.temperature, self.selection, target_behaviour, self.user_width, self.seed, self.query_start
         )
 
 

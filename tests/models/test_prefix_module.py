@@ -13,8 +13,9 @@ D, USERS = 8, ("ann", "bob")
 
 
 def made(**settings) -> PrefixModule:
-    """Whose users differ."""
-    module = PrefixModule(PrefixSettings(**{"k": 2, "user_width": 3, **settings}), D, USERS)
+    """Whose users differ, with a query of random weights."""
+    settings = {"k": 2, "user_width": 3, "query_start": "random", **settings}
+    module = PrefixModule(PrefixSettings(**settings), D, USERS)
     if module.learned and module.settings.user_width:
         with torch.no_grad():
             module.user_embedding.weight[1:] = torch.randn(2, module.settings.user_width)
@@ -55,6 +56,15 @@ def test_a_prompt_alone_gets_the_same(asked):
     chosen = module.choose(**asked, users=users)
     assert chosen[0].tolist() == together[0].argsort()[-2:].tolist(), "least relevant first"
     assert chosen[1:].tolist() == [[-1, 3], [-1, -1]]
+
+
+def test_the_first_query_is_the_behaviours_embedding(asked):
+    module = made(query_start="behaviour")
+    scores = module.relevance(**asked, users=module.user_rows(["bob", "ann", None]))
+    expected = (asked["states"] @ asked["behaviour"]) / D**0.5
+    torch.testing.assert_close(scores[asked["mask"]], expected[asked["mask"]])
+    scores[0, 1].backward()
+    assert all(part.weight.grad.any() for part in module.query if hasattr(part, "weight")), "and it learns"
 
 
 def test_users(asked):
@@ -113,7 +123,7 @@ def test_recent_random_and_none(asked):
 
 def test_the_weights_are_a_function_of_the_seed():
     state = torch.random.get_rng_state()
-    one, again, other = (PrefixModule(PrefixSettings(seed=seed), D).query[0].weight for seed in (0, 0, 1))
+    one, again, other = (PrefixModule(PrefixSettings(seed=seed), D).features.weight for seed in (0, 0, 1))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert torch.equal(torch.random.get_rng_state(), state), "and nobody else's are"
@@ -167,6 +177,7 @@ def test_a_folder_that_does_not_hold_it(tmp_path):
         ({"selection": "oldest"}, "not one of learned, recent, random, none"),
         ({"user_width": -1}, "whole number from 0"),
         ({"target_behaviour": ""}, "has no name"),
+        ({"query_start": "zero"}, "not one of behaviour, random"),
     ],
 )
 def test_settings_fail_at_construction(settings, message):

@@ -22,7 +22,7 @@ from recllm.trainers.rclrec_run import RCLRecData, conversions_of, rows_of
 FAST = {
     "per_device_train_batch_size": 8, "max_steps": 2, "bf16": False, "learning_rate": 1e-2, "validation_users": 0,
     "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "use_cpu": True,
-    "lr_scheduler_type": "constant", "user_width": 4, "user_dropout": 0.0,
+    "lr_scheduler_type": "constant", "user_width": 4, "user_dropout": 0.0, "query_start": "random",
 }  # fmt: skip
 SMALL = {"tiny_width": 64, "tiny_layers": 2, "tiny_vocabulary": 512}
 

@@ -73,7 +73,8 @@ def test_two_steps_move_model_and_module_and_the_folder_says_what_it_is(made, tm
     assert report["papers"] == ["rclrec"]
     assert report["rclrec"]["steps"] == 2
     assert report["conversion"]["settings"] == {
-        "k": 3, "temperature": 1.0, "selection": "learned", "target_behaviour": "pay", "user_width": 4, "seed": 42
+        "k": 3, "temperature": 1.0, "selection": "learned", "target_behaviour": "pay", "user_width": 4, "seed": 42,
+        "query_start": "random",
     }  # fmt: skip
     assert PromptStyle.read(report["conversion"]["prompt"]) == PromptStyle(TEMPLATE, events=True)
     before, after = (load_file(folder / "model.safetensors") for folder in (made[1], output))
