@@ -48,6 +48,7 @@ STAGE_2 = {
     "most recent K": {"selection": "recent"},
     "random K": {"selection": "random"},
     "RCLRec w/o quality loss": {"quality_weight": 0.0},
+    "RCLRec, random query": {"query_start": "random"},
     FULL: {},
 }
 ROWS = (*BASELINES, STAGE_1, *STAGE_2)
@@ -216,7 +217,7 @@ def table_of(title: str, columns: list[str], found: dict[str, list[dict]]) -> Ta
 
 def paired(found: dict[str, list[dict]]) -> None:
     """Seeds are different shops: what a row has over another in the same shop says more than two means."""
-    rivals = [name for name in (PLAIN, "most recent K", "RCLRec w/o quality loss") if name in found]
+    rivals = [name for name in STAGE_2 if name != FULL and name in found]
     if FULL not in found or not rivals:
         return
     table = Table("RCLRec less", *METRICS[1::2], title="seed by seed")

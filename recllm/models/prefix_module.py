@@ -25,7 +25,7 @@ from recllm.files import digest, read_object, require, write_json, write_whole
 from recllm.objectives.rclrec import ABSENT, ascending_top_k
 
 Selection = Literal["learned", "recent", "random", "none"]
-QueryStart = Literal["behaviour", "random"]
+QueryStart = Literal["context", "random"]
 WEIGHTS, SETTINGS = "prefix_module.safetensors", "prefix_module.json"
 TRAIN = "train it with recipes/rclrec.py"
 
@@ -40,7 +40,7 @@ class PrefixSettings:
     target_behaviour: str = "pay"
     user_width: int = 32  # of a user's embedding; 0: users have none
     seed: int = 0  # of the weights at first, and of selection random
-    query_start: QueryStart = "behaviour"  # the query before it has learnt: e_pay, or what random weights say
+    query_start: QueryStart = "context"  # the query before it has learnt: the prompt's last state, or random
 
     def __post_init__(self):
         if not _whole(self.k) or self.k < 1:
@@ -92,23 +92,25 @@ class PrefixModule(nn.Module):
             nn.init.zeros_(self.user_embedding.weight)  # what is not known of a user is what others have in common
             self.features = nn.Linear(settings.user_width + 2 * width, width)  # W_u
             self.query = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
-        if settings.query_start == "behaviour":
-            self._ask_for_the_behaviour()
+        if settings.query_start == "context":
+            self._ask_for_the_context()
 
     @torch.no_grad()
-    def _ask_for_the_behaviour(self) -> None:
-        """q = e_pay to begin with, since SiLU(x) − SiLU(−x) = x.
+    def _ask_for_the_context(self) -> None:
+        """q = the prompt's last state to begin with, since SiLU(x) − SiLU(−x) = x.
 
-        Under tied embeddings ⟨e_pay, h_j⟩ is the logit of `<|pay|>` right after event j: relevant is what the first
-        stage expects a purchase after, and the prefix is worth something from the first step on.
+        Events that left the user where he is now are relevant then, and the prefix is worth something from the first
+        step on: behind one that a random query has chosen, the model learns not to look at it, and the query nothing.
         """
         first, _, second = self.query
-        same = torch.eye(self.width)
-        for layer in (first, second):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        first.weight[:, self.width :] = torch.cat([same, -same])
+        same, users = torch.eye(self.width), self.settings.user_width
+        nn.init.zeros_(self.features.weight[:, users:])  # a user's part stays random, since the embedding begins at 0
+        self.features.weight[:, users : users + self.width] = same
+        nn.init.zeros_(first.weight)
+        first.weight[:, : self.width] = torch.cat([same, -same])
         second.weight.copy_(torch.cat([same, -same], dim=1))
+        for layer in (self.features, first, second):
+            nn.init.zeros_(layer.bias)
 
     @property
     def learned(self) -> bool:

@@ -51,8 +51,8 @@ class RCLRecConfig(PromptConfig):
         default="learned", metadata={"help": "recent, random: K items without a query; none: no prefix."}
     )
     query_start: QueryStart = field(
-        default="behaviour",
-        metadata={"help": "The query at first. behaviour: what the model expects the target behaviour after; random."},
+        default="context",
+        metadata={"help": "The query at first. context: the prompt's last state; random: of random weights."},
     )
     user_width: int = field(default=32, metadata={"help": "Of a user's embedding. 0: users have none."})
     user_dropout: float = field(

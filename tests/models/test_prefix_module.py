@@ -58,13 +58,16 @@ def test_a_prompt_alone_gets_the_same(asked):
     assert chosen[1:].tolist() == [[-1, 3], [-1, -1]]
 
 
-def test_the_first_query_is_the_behaviours_embedding(asked):
-    module = made(query_start="behaviour")
+def test_the_first_query_is_the_prompts_last_state(asked):
+    module = made(query_start="context")
+    with torch.no_grad():
+        module.user_embedding.weight.zero_()
     scores = module.relevance(**asked, users=module.user_rows(["bob", "ann", None]))
-    expected = (asked["states"] @ asked["behaviour"]) / D**0.5
+    expected = (asked["states"] @ asked["last"].unsqueeze(2)).squeeze(2) / D**0.5
     torch.testing.assert_close(scores[asked["mask"]], expected[asked["mask"]])
     scores[0, 1].backward()
-    assert all(part.weight.grad.any() for part in module.query if hasattr(part, "weight")), "and it learns"
+    learning = [*module.features.parameters(), *module.query.parameters(), module.user_embedding.weight]
+    assert all(part.grad.any() for part in learning), "and all of it learns"
 
 
 def test_users(asked):
@@ -177,7 +180,7 @@ def test_a_folder_that_does_not_hold_it(tmp_path):
         ({"selection": "oldest"}, "not one of learned, recent, random, none"),
         ({"user_width": -1}, "whole number from 0"),
         ({"target_behaviour": ""}, "has no name"),
-        ({"query_start": "zero"}, "not one of behaviour, random"),
+        ({"query_start": "zero"}, "not one of context, random"),
     ],
 )
 def test_settings_fail_at_construction(settings, message):

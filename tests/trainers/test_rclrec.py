@@ -268,7 +268,7 @@ def test_the_module_has_a_learning_rate_of_its_own(made, tmp_path):
         ({"module_learning_rate": -1.0}, "module_learning_rate"),
         ({"selection": "best"}, "selection 'best' is not one of learned, recent"),
         ({"user_width": -1}, "user_width must be a whole number from 0"),
-        ({"query_start": "zero"}, "query_start 'zero' is not one of behaviour, random"),
+        ({"query_start": "zero"}, "query_start 'zero' is not one of context, random"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing keeps no prompt"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
