@@ -1,6 +1,6 @@
 """RCLRec on the embedded shop's whole funnel, or on a prepared folder: the paper's Tables 1 and 2 and its Figure 3.
 
-    python benchmarks/rclrec_shop.py --output runs/rclrec_shop                      (about half an hour on 2 CPU cores)
+    python benchmarks/rclrec_shop.py --output runs/rclrec_shop                      (about an hour and a half on one core)
     python benchmarks/rclrec_shop.py --output runs/rclrec_shop --sweep 1 2 4 8      (K, after the rows)
     python benchmarks/rclrec_shop.py --output runs/rocket --data runs/rocket/data --seeds 0
 
