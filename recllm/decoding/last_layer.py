@@ -1,8 +1,9 @@
 """Of a model's last layer a prompt needs the keys and values of all its tokens, and the rest at its end alone.
 
 Queries, attention and feed-forward of a layer make the states that the next layer reads. Behind the last layer nobody
-reads a prompt's states but the last one, so there they need not be made, which saves most of a layer. A pre-hook puts the other tokens' keys and values into the cache and hands the layer
-the last token; the model's own code does the rest. Layers of another make than Llama's are left alone.
+reads a prompt's states but the last one, so there they need not be made, which saves most of a layer. A pre-hook puts
+the other tokens' keys and values into the cache and hands the layer the last token; the model's own code does the rest.
+Layers of another make than Llama's are left alone.
 """
 
 import contextlib
