@@ -1,6 +1,6 @@
 """RCLRec on the embedded shop's whole funnel, or on a prepared folder: the paper's Tables 1 and 2 and its Figure 3.
 
-    python benchmarks/rclrec_shop.py --output runs/rclrec_shop                      (about an hour and a half on one core)
+    python benchmarks/rclrec_shop.py --output runs/rclrec_shop                      (an hour and a half on one core)
     python benchmarks/rclrec_shop.py --output runs/rclrec_shop --sweep 1 2 4 8      (K, after the rows)
     python benchmarks/rclrec_shop.py --output runs/rocket --data runs/rocket/data --seeds 0
 
@@ -10,7 +10,7 @@ each part of it left out; the baselines under the same protocol. Targets that th
 apart. The shop knows which earlier events led to a purchase: `precision` is the share of the events in a prefix that
 are among them, over test targets that have any. --data takes a folder of `prepare.py --split conversion` with semantic
 IDs instead of the shop. Every row of stage 2 keeps its best epoch on validation conversions; users have no embedding,
-since hardly a user whose last conversion is held out has another one. Settings were not searched (docs/rclrec.md).
+since hardly a user whose last conversion is held out has another one. What was tried is in docs/rclrec.md.
 Interrupted, the same command goes on.
 """
 
