@@ -56,7 +56,7 @@ def keys_read(name: str) -> set[str]:
     return found
 
 
-def says(name: str, *texts: str) -> None:
+def assert_says(name: str, *texts: str) -> None:
     flat = " ".join(source(name).split())
     for text in texts:
         assert text in flat, f"TRL's {name} no longer says `{text}`: see what {SEAM} makes of it"
@@ -108,7 +108,7 @@ def test_one_method_generates_and_scores():
     for name in ("_generate", "_calculate_rewards"):
         assert called.count(name) == 1, f"_generate_and_score_completions calls {name} {called.count(name)} times now"
     assert called.index("_generate") < called.index("_calculate_rewards"), "rewards come before answers now"
-    says(
+    assert_says(
         "_generate_and_score_completions",
         "self.args.gradient_accumulation_steps % generate_every != 0",  # when old log-probs are computed: as ours
         "if self.beta != 0.0:",  # set to 0 by _only_answers: no reference is asked for
@@ -124,20 +124,20 @@ def test_one_method_generates_and_scores():
 def test_answers_come_from_rollout_func():
     called = calls("_generate")
     assert "rollout_func" in called, "TRL's _generate no longer calls rollout_func: where do answers come from now?"
-    says(
+    assert_says(
         "_generate", "output = self.rollout_func(prompts, self)", '{"prompt_ids", "completion_ids", "logprobs"}',
         "extra_fields = {k: v for k, v in output.items() if k not in required_keys}",
     )  # fmt: skip
     assert called.index("vllm_generation.sync_weights") < called.index("rollout_func"), "vLLM gets the weights too late"
-    says("_generate_and_score_completions", "inp[key] = values[i]")  # codes, formed and rank reach the rewards
+    assert_says("_generate_and_score_completions", "inp[key] = values[i]")  # codes, formed and rank reach the rewards
 
 
 def test_rewards_of_all_processes_come_together():
-    says(
+    assert_says(
         "_calculate_rewards", "rewards_per_func = gather(rewards_per_func)", "return rewards_per_func",
         "completion_ids=completion_ids_list",
     )  # fmt: skip
-    says(
+    assert_says(
         "_generate_and_score_completions",
         "self.accelerator.process_index * len(prompts)",  # a process' rows stand together in what was gathered
         "(rewards_per_func * self.reward_weights.to(device).unsqueeze(0)).nansum(dim=1)",
@@ -145,14 +145,16 @@ def test_rewards_of_all_processes_come_together():
 
 
 def test_a_generation_is_kept_for_its_steps():
-    says(
+    assert_says(
         "_prepare_inputs", "generate_every = self.args.steps_per_generation * self.num_iterations",
         "self._step % generate_every == 0 or self._buffered_inputs is None",
         "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]",
     )  # fmt: skip
-    says("training_step", "self._step += 1")
-    says("get_train_dataloader", "self._train_batch_size * self.args.steps_per_generation", "self._get_train_sampler")
-    says("_get_train_sampler", "mini_repeat_count=self.num_generations", "repeat_count=self.num_iterations")
+    assert_says("training_step", "self._step += 1")
+    assert_says(
+        "get_train_dataloader", "self._train_batch_size * self.args.steps_per_generation", "self._get_train_sampler"
+    )
+    assert_says("_get_train_sampler", "mini_repeat_count=self.num_generations", "repeat_count=self.num_iterations")
 
 
 def test_the_loss_reads_the_batch_in_these_names():
@@ -176,7 +178,7 @@ def test_losses_over_rows_and_losses_over_tokens_are_what_they_were():
     """`OVER_ROWS` are weighed by `scales`; the others count tokens, and rows that fill a batch up have none."""
     from recllm.trainers.base import OVER_ROWS
 
-    says(
+    assert_says(
         "_compute_loss",
         'if self.loss_type in ["grpo", "sapo"]: loss = ((per_token_loss * mask).sum(-1) / mask.sum(-1)'
         ".clamp(min=1.0)).mean()",
@@ -209,7 +211,7 @@ def test_the_loss_is_divided_by_the_accumulated_batches_in_trl_and_not_by_traine
 
 
 def test_the_reference_is_loaded_by_the_name_of_the_start():
-    says(
+    assert_says(
         "__init__", "self.ref_model = create_model_from_path(get_config_model_id(self.model.config)",
         "elif is_peft_model(model):",
     )  # fmt: skip
@@ -219,7 +221,9 @@ def test_the_reference_is_loaded_by_the_name_of_the_start():
 
 def test_figures_of_a_batch_of_width_one_count_its_rows():
     """Inert rows too, which is why no batch of ours is narrower than 2."""
-    says("_compute_loss", "if x.shape[1] == 1:", "local_sum, local_count = x.sum(), torch.tensor(float(x.shape[0])")
+    assert_says(
+        "_compute_loss", "if x.shape[1] == 1:", "local_sum, local_count = x.sum(), torch.tensor(float(x.shape[0])"
+    )
 
 
 def test_settings_are_still_there():
@@ -241,4 +245,4 @@ def test_steps_are_saved_and_loaded_where_the_seam_hooks_in():
         f"Trainer no longer loads its steps by _load_optimizer_and_scheduler: {SEAM} reads its own state there"
     )
     assert "_get_output_dir" in vars(Trainer), f"Trainer has no _get_output_dir any more: {SEAM} saves beside the steps"
-    says("_save_checkpoint", "super()._save_checkpoint(model, trial)")
+    assert_says("_save_checkpoint", "super()._save_checkpoint(model, trial)")
