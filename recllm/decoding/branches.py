@@ -7,7 +7,6 @@ A branch may say several tokens in one pass, a block, whose tokens see of each o
 be made longer before anything branches.
 """
 
-import contextlib
 import weakref
 from dataclasses import dataclass
 
@@ -18,43 +17,31 @@ from transformers import DynamicCache, PreTrainedModel
 from recllm.decoding.attention import attending_in_groups
 from recllm.decoding.body import backbone, plain_attention
 from recllm.decoding.cache import growing_cache
-from recllm.decoding.last_layer import only_the_last_state
+from recllm.decoding.last_layer import states_at
 from recllm.decoding.prompts import PromptBatch
 from recllm.errors import UserError
 
 
-def prefill(
-    model: PreTrainedModel, batch: PromptBatch, states: bool = False
-) -> tuple[DynamicCache, Tensor, Tensor]:  # fmt: skip
-    """Cache, which of its positions are tokens (P, T), and the last hidden state of each prompt (P, 1, D).
-
-    With `states` those of all tokens behind the prefix (P, own T, D).
-    """
-    with contextlib.nullcontext() if states else only_the_last_state(model):
-        return _prefill(model, batch)
-
-
-def _prefill(model: PreTrainedModel, batch: PromptBatch) -> tuple[DynamicCache, Tensor, Tensor]:
-    body, device = backbone(model), batch.ids.device
+def prefill(model: PreTrainedModel, batch: PromptBatch) -> tuple[DynamicCache, Tensor, Tensor]:
+    """Cache, which of its positions are tokens (P, T), and the last hidden states where the batch is read, then at the
+    end of each prompt (P, J + 1, D)."""
     prompts, shared = len(batch.ids), len(batch.prefix)
     cache = growing_cache(model)
     if shared:
-        prefix = torch.tensor(batch.prefix, device=device).unsqueeze(0)
-        places = torch.arange(shared, device=device).unsqueeze(0)
-        body(input_ids=prefix, position_ids=places, past_key_values=cache, use_cache=True)
+        prefix = torch.tensor(batch.prefix, device=batch.ids.device).unsqueeze(0)
+        places = torch.arange(shared, device=prefix.device).unsqueeze(0)
+        backbone(model)(input_ids=prefix, position_ids=places, past_key_values=cache, use_cache=True)
         if prompts > 1:
             cache.batch_repeat_interleave(prompts)
     seen = torch.cat([batch.mask.new_ones(prompts, shared), batch.mask], dim=1)  # (P, T)
     padded = not bool(batch.mask.all())
-    positions = (shared + batch.mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (P, own T)
-    hidden = body(
-        input_ids=batch.ids,
+    end = batch.read.new_full((prompts, 1), batch.ids.size(1) - 1)
+    hidden = states_at(
+        model, torch.cat([batch.read, end], dim=1), batch.ids, cache,
         # Without padding no mask is needed, and attention may take its fast causal path.
         attention_mask=seen.long() if padded else None,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
+        position_ids=(shared + batch.mask.long().cumsum(dim=1) - 1).clamp(min=0),  # (P, own T)
+    )  # fmt: skip
     return cache, seen, hidden
 
 
@@ -84,27 +71,14 @@ class Block:
 class Branches:
     """Prompts and what has been said after them. Every step gives tokens to each branch, or to some of them."""
 
-    def __init__(self, model: PreTrainedModel, batch: PromptBatch, states: bool = False):
-        self.body, self.dtype = backbone(model), model.dtype
-        # hidden: of the tokens computed last, or of the last one alone, (P, M, D)
-        self.cache, self.seen, self.hidden = prefill(model, batch, states)
+    def __init__(self, model: PreTrainedModel, batch: PromptBatch):
+        self.model, self.body, self.dtype = model, backbone(model), model.dtype
+        self.cache, self.seen, hidden = prefill(model, batch)
+        self.read = hidden[:, :-1]  # (P, J, D) hidden states of the tokens that the batch names
+        self.last = hidden[:, -1]  # (P, D) of each prompt's last token
         self.lengths = batch.lengths  # (P,)
         self.depth = 0  # where the next token stands, counted from the prompt's end
         self.slots: Tensor | None = None  # where each branch of the last step is kept, if not all took part in it
-
-    @property
-    def last(self) -> Tensor:
-        """The hidden state of each prompt's last token. (P, D)"""
-        return self.hidden[:, -1]
-
-    def states_at(self, places: Tensor) -> Tensor:
-        """Hidden states of prompt tokens, counted from each prompt's first. (P, J) -> (P, J, D)
-
-        The prompts have to be computed with `states`; the tokens stand behind the prefix that all prompts share, of
-        which no states are kept.
-        """
-        columns = self.hidden.size(1) + places - self.lengths.unsqueeze(1)  # prompts stand at the right end
-        return self.hidden.gather(1, columns.unsqueeze(2).expand(-1, -1, self.hidden.size(2)))
 
     def extend(self, tokens: Tensor, mask: Tensor) -> None:
         """Make tokens the end of the prompts, before anything branches. They stand at the right.   (P, M), (P, M) bool
@@ -112,13 +86,13 @@ class Branches:
         A row may have fewer than M tokens, and has one at least.
         """
         self.seen = torch.cat([self.seen, mask], dim=1)
-        self.hidden = self.body(
-            input_ids=tokens,
+        end = self.lengths.new_full((len(tokens), 1), tokens.size(1) - 1)
+        hidden = states_at(
+            self.model, end, tokens, self.cache,
             attention_mask=None if bool(self.seen.all()) else self.seen.long(),
             position_ids=self.lengths.unsqueeze(1) + mask.long().cumsum(dim=1) - 1,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+        )  # fmt: skip
+        self.last = hidden[:, -1]
         self.lengths = self.lengths + mask.sum(dim=1)
 
     def advance(self, tokens: Tensor, parents: Tensor, needed: Tensor | None = None) -> Tensor:
@@ -155,9 +129,8 @@ class Branches:
 class TreeBranches(Branches):
     """Branches as query positions over the prompt's cache."""
 
-    def __init__(self, model: PreTrainedModel, batch: PromptBatch, states: bool = False):
-        super().__init__(model, batch, states)
-        self.model = model
+    def __init__(self, model: PreTrainedModel, batch: PromptBatch):
+        super().__init__(model, batch)
         self.ancestors = self.seen.new_zeros(len(self.seen), 1, 0)  # (P, B, positions after the prompt)
 
     def _advance(self, tokens: Tensor, parents: Tensor, block: Block) -> Tensor:
@@ -215,12 +188,9 @@ class ExpandedBranches(Branches):
 _takes_tree_mask: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def branches_of(model: PreTrainedModel, batch: PromptBatch, states: bool = False) -> Branches:
-    """The prompts computed, ready to branch, in the fastest way that is right for this model.
-
-    `states`: is it asked for the states of prompt tokens other than the last?
-    """
-    return (TreeBranches if takes_tree_mask(model) else ExpandedBranches)(model, batch, states)
+def branches_of(model: PreTrainedModel, batch: PromptBatch) -> Branches:
+    """The prompts computed, ready to branch, in the fastest way that is right for this model."""
+    return (TreeBranches if takes_tree_mask(model) else ExpandedBranches)(model, batch)
 
 
 def takes_tree_mask(model: PreTrainedModel) -> bool:

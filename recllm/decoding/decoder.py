@@ -40,7 +40,6 @@ class Behind(NamedTuple):
     tokens: int  # in a row
     branches: int  # at a time
     positions: int  # in all
-    states: bool = False  # is it asked for the states of prompt tokens?
 
 
 class Decoder:
@@ -147,8 +146,12 @@ class Decoder:
     def walk(
         self, prompts: Prompts, behind: Behind, work: Callable[[Walk, Sequence[int]], None],
         allowed: Tensor | None = None, exclude: Sequence[Sequence[int]] | None = None,
+        read: Sequence[Sequence[int]] | None = None,
     ) -> None:  # fmt: skip
-        """work(walk, places of its prompts) for every batch, in the sizes that memory allows."""
+        """work(walk, places of its prompts) for every batch, in the sizes that memory allows.
+
+        `read`: the tokens of each prompt whose states `work` reads, by their place in it, behind the prefix.
+        """
         lengths = self._checked_lengths(prompts, behind.tokens)
         shared = Allowed.of(self.trie, allowed)
         if shared.below is not None and not int(shared.below[-1]):
@@ -157,9 +160,10 @@ class Decoder:
 
         def one_batch(start: int, end: int) -> None:
             places = order[start:end]
-            batch = PromptBatch.of([prompts[place] for place in places], self.prefix, self.model.device)
+            asked = [read[place] for place in places] if read else None
+            batch = PromptBatch.of([prompts[place] for place in places], self.prefix, self.model.device, asked)
             some = shared.without(self.trie, [exclude[place] for place in places]) if exclude else shared
-            branches = branches_of(self.model, batch, behind.states)
+            branches = branches_of(self.model, batch)
             work(Walk(branches, self.head, self.trie, self.normaliser, some), places)
 
         self.head.gather()

@@ -93,7 +93,8 @@ class PrefixedDecoder:
                 leaves[places, :count], scores[places, :count] = found.leaves.cpu(), found.scores.float().cpu()
 
         if at_once or k:
-            self.decoder.walk(prompts, self._behind(width), work, allowed, exclude)
+            ends = [some.ends for some in shown] if k else None
+            self.decoder.walk(prompts, self._behind(width), work, allowed, exclude, ends)
         if at_once:
             return Prefixed(self.decoder.named(leaves, scores), events, relevance)
         # Shorter prefixes are filled up, and an attention window would count that: whole prompts, computed again.
@@ -110,19 +111,14 @@ class PrefixedDecoder:
     def _behind(self, width: int) -> Behind:
         levels = self.decoder.trie.levels
         prefix = 1 + (self.k if self.choose else 0) * levels
-        return Behind(
-            prefix + levels, max(width, prefix), prefix + width * (levels - 1), states=self.choose is not None
-        )
+        return Behind(prefix + levels, max(width, prefix), prefix + width * (levels - 1))
 
     def _chosen(self, branches: Branches, shown: Sequence[Shown], places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Events and their relevance. (P, K), (P, K)"""
         device = branches.last.device
         lengths = torch.tensor([len(some.ends) for some in shown])
         mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)  # (P, J)
-        ends = torch.full(mask.shape, len(self.decoder.prefix))
-        ends[mask] = torch.tensor([end for some in shown for end in some.ends], dtype=torch.int64)
-        states = branches.states_at(ends.to(device))
-        chosen, relevance = self.choose(History(states, mask.to(device), branches.last, places))
+        chosen, relevance = self.choose(History(branches.read, mask.to(device), branches.last, places))
         of_chosen = torch.full(chosen.shape, torch.nan, device=device)
         if relevance is not None and mask.size(1):
             of_chosen = relevance.float().gather(1, chosen.clamp(min=0)).masked_fill(chosen < 0, torch.nan)

@@ -14,12 +14,21 @@ class PromptBatch:
     prefix: tuple[int, ...]
     ids: Tensor  # (P, T) int64
     mask: Tensor  # (P, T) bool, True at tokens
+    read: Tensor  # (P, J) int64, columns of `ids` whose states somebody reads; the last is read always
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Sequence[int]], prefix: Sequence[int] = (), device: torch.device | str = "cpu"
+        cls,
+        prompts: Sequence[Sequence[int]],
+        prefix: Sequence[int] = (),
+        device: torch.device | str = "cpu",
+        read: Sequence[Sequence[int]] | None = None,
     ) -> "PromptBatch":
-        """`prompts` are whole, each with the prefix; at least one token of each stays behind it."""
+        """`prompts` are whole, each with the prefix; at least one token of each stays behind it.
+
+        `read`: tokens of each prompt whose states are asked for, by their place in it; not those of the prefix. Rows
+        of fewer are filled up at the right with the prompt's end.
+        """
         start = len(prefix)
         lengths = [len(prompt) - start for prompt in prompts]
         width = max(lengths)
@@ -28,7 +37,10 @@ class PromptBatch:
         for row, (prompt, length) in enumerate(zip(prompts, lengths)):
             ids[row, width - length :] = torch.as_tensor(prompt[start:], dtype=torch.int64)
             mask[row, width - length :] = True
-        return cls(tuple(prefix), ids.to(device), mask.to(device))
+        columns = torch.full((len(prompts), max(map(len, read), default=0) if read else 0), width - 1)
+        for row, (places, length) in enumerate(zip(read or (), lengths)):
+            columns[row, : len(places)] = torch.as_tensor(places, dtype=torch.int64) - start + width - length
+        return cls(tuple(prefix), ids.to(device), mask.to(device), columns.to(device))
 
     @property
     def lengths(self) -> Tensor:

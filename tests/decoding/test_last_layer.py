@@ -1,16 +1,32 @@
-"""The prompt's pass without what nobody reads: the same last state, the same keys and values, less computed."""
+"""The prompt's pass without what nobody reads: the same states where they are read, the same keys and values, less
+computed."""
 
 import pytest
 import torch
 from other_models import OTHERS
 from reference import shaken, some_model, some_prompts
+from transformers import DynamicCache
 
+from recllm.decoding.body import backbone
 from recllm.decoding.branches import prefill
-from recllm.decoding.last_layer import only_the_last_state
+from recllm.decoding.last_layer import states_at
 from recllm.decoding.prompts import PromptBatch
 
-MODELS = {"qwen3": some_model, **{name: lambda make=make: shaken(make()) for name, make in OTHERS.items()}}
+
+def eager():
+    model = some_model()
+    model.set_attn_implementation("eager")
+    return model
+
+
+MODELS = {
+    "qwen3": some_model,
+    "qwen3, eager": eager,
+    **{name: lambda make=make: shaken(make()) for name, make in OTHERS.items()},
+}
 LEFT_ALONE = ("gpt2", "mistral with a window", "gemma2 with soft caps")
+COUNT_PADDING = ("mistral with a window", "gemma2 with soft caps")  # in their windows: there only full rows are exact
+READ = {"the end": lambda length: [], "some": lambda length: sorted({0, length // 2, length - 1})}
 
 
 def made(name: str):
@@ -19,51 +35,79 @@ def made(name: str):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("read", READ)
 @pytest.mark.parametrize("shared", [(), (5,), (5, 6, 7)])
 @pytest.mark.parametrize("lengths", [(1, 5, 9), (7, 7), (1,)])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_last_state_and_the_cache_are_those_of_the_whole_pass(name, lengths, shared):
+def test_states_and_cache_are_those_of_the_whole_pass(name, lengths, shared, read):
+    """Each prompt by itself through the stock model, beside all of them in one batch."""
     model, prompts = made(name), [[*shared, *prompt] for prompt in some_prompts(0, lengths)]
-    batch = PromptBatch.of(prompts, shared)
-    whole, seen, states = prefill(model, batch, states=True)
-    ours, also_seen, last = prefill(model, batch)
-    assert states.shape[1] == max(lengths)
-    torch.testing.assert_close(last[:, -1], states[:, -1], atol=1e-5, rtol=1e-5)
-    assert torch.equal(seen, also_seen)
-    for one, other in zip(ours.layers, whole.layers):
-        for mine, theirs in ((one.keys, other.keys), (one.values, other.values)):
-            shown = seen[:, None, -theirs.size(2) :, None]  # a window keeps the last ones
-            torch.testing.assert_close(
-                mine.masked_fill(~shown, 0), theirs.masked_fill(~shown, 0), atol=1e-5, rtol=1e-5
-            )  # fmt: skip
+    asked = [[len(shared) + place for place in READ[read](length)] for length in lengths]
+    ours, seen, states = prefill(model, PromptBatch.of(prompts, shared, read=asked))
+    assert states.shape[1] == max(map(len, asked)) + 1
+    for row, (prompt, places) in enumerate(zip(prompts, asked)):
+        whole = DynamicCache(config=model.config)
+        alone = backbone(model)(input_ids=torch.tensor([prompt]), past_key_values=whole, use_cache=True)
+        expected = alone.last_hidden_state[0, [*places, -1]]
+        found = torch.cat([states[row, : len(places)], states[row, -1:]])
+        if name in COUNT_PADDING and not bool(seen[row].all()):
+            continue
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        for one, other in zip(ours.layers, whole.layers):
+            for mine, theirs in ((one.keys, other.keys), (one.values, other.values)):
+                own = mine[row, :, seen[row, -mine.size(2) :]]  # a window keeps the last ones
+                torch.testing.assert_close(own, theirs[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_the_last_layer_computes_one_position_of_a_prompt(name):
+def test_the_last_layer_computes_what_is_read(name):
     model, positions = made(name), []
+    prompts = some_prompts(0, (9, 4))
+    for read in (None, [[2, 5], [1]]):
+        prefill(model, PromptBatch.of(prompts, read=read))  # tries whether it can
     last = (model.model.layers if name != "gpt2" else model.transformer.h)[-1]
-    prefill(model, PromptBatch.of(some_prompts(0, (3,))))  # tries whether it can
     last.mlp.register_forward_pre_hook(lambda _, given: positions.append(given[0].size(1)))
-    prefill(model, PromptBatch.of(some_prompts(0, (9, 4))))
-    assert positions == [9 if name in LEFT_ALONE else 1]
+    for read in (None, [[2, 5], [1]]):
+        prefill(model, PromptBatch.of(prompts, read=read))
+    assert positions == ([9, 9] if name in LEFT_ALONE else [1, 3])
+
+
+@torch.no_grad()
+def test_a_prompt_without_anything_to_read_stands_beside_others():
+    model, prompts = some_model(), some_prompts(0, (6, 3))
+    states = prefill(model, PromptBatch.of(prompts, read=[[0, 4], []]))[2]
+    plain = prefill(model, PromptBatch.of(prompts))[2]
+    torch.testing.assert_close(states[:, -1:], plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(states[1, :2], plain[[1, 1], 0], atol=1e-5, rtol=1e-5)  # filled up with its end
 
 
 @torch.no_grad()
 def test_nothing_stays_behind():
     model, ids = some_model(), torch.tensor([[5, 6, 7]])
     before = model(input_ids=ids).logits
-    with pytest.raises(KeyboardInterrupt), only_the_last_state(model):
-        raise KeyboardInterrupt
+    prefill(model, PromptBatch.of([[5, 6, 7]], read=[[1]]))  # tries whether it can
+    handle = model.model.layers[0].register_forward_pre_hook(_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        states_at(model, torch.tensor([[1, 2]]), ids, DynamicCache(config=model.config))
+    handle.remove()
     torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt
 
 
 @torch.no_grad()
 def test_a_layer_that_does_otherwise_is_left_alone():
     """Found out by trying, not by its class's name: these keys are scaled."""
-    model = some_model()
+    model, positions = some_model(), []
     attention = model.model.layers[-1].self_attn
     forward = attention.forward
     attention.forward = lambda hidden_states, **others: forward(hidden_states=3 * hidden_states, **others)
-    batch = PromptBatch.of(some_prompts(0, (9, 4)))
-    assert prefill(model, batch)[2].shape[1] == 9
+    batch = PromptBatch.of(some_prompts(0, (9, 4)), read=[[3], [1]])
+    prefill(model, batch)
+    model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, given: positions.append(given[0].size(1)))
+    states = prefill(model, batch)[2]
+    assert positions == [9]
+    assert states.shape[1] == 2
