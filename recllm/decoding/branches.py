@@ -16,33 +16,58 @@ from transformers import DynamicCache, PreTrainedModel
 
 from recllm.decoding.attention import attending_in_groups
 from recllm.decoding.body import backbone, plain_attention
-from recllm.decoding.cache import growing_cache
+from recllm.decoding.cache import cache_on, growing_cache, shelves_for
 from recllm.decoding.last_layer import states_at
+from recllm.decoding.memory import prompts_in_a_pass
 from recllm.decoding.prompts import PromptBatch
 from recllm.errors import UserError
 
 
-def prefill(model: PreTrainedModel, batch: PromptBatch) -> tuple[DynamicCache, Tensor, Tensor]:
+def prefill(model: PreTrainedModel, batch: PromptBatch, room: int = 0) -> tuple[DynamicCache, Tensor, Tensor]:
     """Cache, which of its positions are tokens (P, T), and the last hidden states where the batch is read, then at the
-    end of each prompt (P, J + 1, D)."""
-    prompts, shared = len(batch.ids), len(batch.prefix)
+    end of each prompt (P, J + 1, D). `room`: tokens that will follow in each row."""
+    shared, (prompts, width) = _shared(model, batch), batch.ids.shape
+    seen = torch.cat([batch.mask.new_ones(prompts, len(batch.prefix)), batch.mask], dim=1)
+    shelves = shelves_for(model, prompts, seen.size(1) + room)
+    if shelves is None:
+        cache = growing_cache(model)
+        return cache, seen, _prefill(model, batch, cache, shared)
+    size = prompts_in_a_pass(model, width)
+    states = [
+        _prefill(model, some, growing_cache(model, shelves, place * size), shared)
+        for place, some in enumerate(batch.split(size))
+    ]
+    return cache_on(model, shelves, seen.size(1)), seen, torch.cat(states)
+
+
+def _shared(model: PreTrainedModel, batch: PromptBatch) -> DynamicCache | None:
+    """What all prompts begin with, computed once."""
+    if not batch.prefix:
+        return None
     cache = growing_cache(model)
-    if shared:
-        prefix = torch.tensor(batch.prefix, device=batch.ids.device).unsqueeze(0)
-        places = torch.arange(shared, device=prefix.device).unsqueeze(0)
-        backbone(model)(input_ids=prefix, position_ids=places, past_key_values=cache, use_cache=True)
-        if prompts > 1:
-            cache.batch_repeat_interleave(prompts)
-    seen = torch.cat([batch.mask.new_ones(prompts, shared), batch.mask], dim=1)  # (P, T)
-    padded = not bool(batch.mask.all())
+    prefix = torch.tensor(batch.prefix, device=batch.ids.device).unsqueeze(0)
+    places = torch.arange(len(batch.prefix), device=prefix.device).unsqueeze(0)
+    backbone(model)(input_ids=prefix, position_ids=places, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _prefill(
+    model: PreTrainedModel, batch: PromptBatch, cache: DynamicCache, shared: DynamicCache | None
+) -> Tensor:  # fmt: skip
+    """Into the cache; states where the batch is read and at the end. (P, J + 1, D)"""
+    prompts, before = len(batch.ids), len(batch.prefix)
+    if shared is not None:
+        for layer, own in zip(cache.layers, shared.layers):
+            layer.update(*(there.expand(prompts, -1, -1, -1) for there in (own.keys, own.values)))
+    mask = None  # Without padding none is needed, and attention may take its fast causal path.
+    if not bool(batch.mask.all()):
+        mask = torch.nn.functional.pad(batch.mask.long(), (before, 0), value=1)  # (P, T)
     end = batch.read.new_full((prompts, 1), batch.ids.size(1) - 1)
-    hidden = states_at(
+    return states_at(
         model, torch.cat([batch.read, end], dim=1), batch.ids, cache,
-        # Without padding no mask is needed, and attention may take its fast causal path.
-        attention_mask=seen.long() if padded else None,
-        position_ids=(shared + batch.mask.long().cumsum(dim=1) - 1).clamp(min=0),  # (P, own T)
+        attention_mask=mask,
+        position_ids=(before + batch.mask.long().cumsum(dim=1) - 1).clamp(min=0),  # (P, own T)
     )  # fmt: skip
-    return cache, seen, hidden
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +96,9 @@ class Block:
 class Branches:
     """Prompts and what has been said after them. Every step gives tokens to each branch, or to some of them."""
 
-    def __init__(self, model: PreTrainedModel, batch: PromptBatch):
+    def __init__(self, model: PreTrainedModel, batch: PromptBatch, room: int = 0):
         self.model, self.body, self.dtype = model, backbone(model), model.dtype
-        self.cache, self.seen, hidden = prefill(model, batch)
+        self.cache, self.seen, hidden = prefill(model, batch, room)
         self.read = hidden[:, :-1]  # (P, J, D) hidden states of the tokens that the batch names
         self.last = hidden[:, -1]  # (P, D) of each prompt's last token
         self.lengths = batch.lengths  # (P,)
@@ -129,8 +154,8 @@ class Branches:
 class TreeBranches(Branches):
     """Branches as query positions over the prompt's cache."""
 
-    def __init__(self, model: PreTrainedModel, batch: PromptBatch):
-        super().__init__(model, batch)
+    def __init__(self, model: PreTrainedModel, batch: PromptBatch, room: int = 0):
+        super().__init__(model, batch, room)
         self.ancestors = self.seen.new_zeros(len(self.seen), 1, 0)  # (P, B, positions after the prompt)
 
     def _advance(self, tokens: Tensor, parents: Tensor, block: Block) -> Tensor:
@@ -188,9 +213,12 @@ class ExpandedBranches(Branches):
 _takes_tree_mask: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def branches_of(model: PreTrainedModel, batch: PromptBatch) -> Branches:
-    """The prompts computed, ready to branch, in the fastest way that is right for this model."""
-    return (TreeBranches if takes_tree_mask(model) else ExpandedBranches)(model, batch)
+def branches_of(model: PreTrainedModel, batch: PromptBatch, room: int = 0) -> Branches:
+    """The prompts computed, ready to branch, in the fastest way that is right for this model.
+
+    `room`: how many tokens will follow each prompt, over all branches.
+    """
+    return (TreeBranches if takes_tree_mask(model) else ExpandedBranches)(model, batch, room)
 
 
 def takes_tree_mask(model: PreTrainedModel) -> bool:

@@ -163,7 +163,7 @@ class Decoder:
             asked = [read[place] for place in places] if read else None
             batch = PromptBatch.of([prompts[place] for place in places], self.prefix, self.model.device, asked)
             some = shared.without(self.trie, [exclude[place] for place in places]) if exclude else shared
-            branches = branches_of(self.model, batch)
+            branches = branches_of(self.model, batch, behind.positions)
             work(Walk(branches, self.head, self.trie, self.normaliser, some), places)
 
         self.head.gather()

@@ -10,6 +10,7 @@ from recllm.launch import console
 
 SHARE = 0.6  # of a GPU's memory beside the weights
 CPU_BYTES = 2**28  # on a CPU, small batches stay near its caches and larger ones are no faster
+PASS_BYTES = 2**23  # and of a pass over prompts no activation is wider, so that it is still near when it is read
 MOST = 512
 
 
@@ -26,6 +27,15 @@ def prompts_at_once(model: PreTrainedModel, tokens: int, positions: int, branche
     candidates = 6 * 4 * branches * fanout
     most = free_bytes(model) // max(1, cache + layer + candidates)
     return int(max(1, min(MOST, most)))
+
+
+def prompts_in_a_pass(model: PreTrainedModel, tokens: int) -> int:
+    """How many prompts of `tokens` are computed in one pass, where more of them are one batch of what follows."""
+    if model.device.type != "cpu":
+        return MOST
+    config = model.config.get_text_config()
+    wide = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
+    return max(1, PASS_BYTES // (wide * tokens * model.dtype.itemsize))
 
 
 def free_bytes(model: PreTrainedModel) -> int:

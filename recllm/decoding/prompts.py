@@ -1,6 +1,6 @@
 """Prompts of different lengths as one left-padded batch, behind a prefix that all of them share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,11 @@ class PromptBatch:
         for row, (places, length) in enumerate(zip(read or (), lengths)):
             columns[row, : len(places)] = torch.as_tensor(places, dtype=torch.int64) - start + width - length
         return cls(tuple(prefix), ids.to(device), mask.to(device), columns.to(device))
+
+    def split(self, size: int) -> Iterator["PromptBatch"]:
+        """`size` rows at a time."""
+        for rows in zip(*(some.split(size) for some in (self.ids, self.mask, self.read))):
+            yield PromptBatch(self.prefix, *rows)
 
     @property
     def lengths(self) -> Tensor:

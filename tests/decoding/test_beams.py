@@ -232,11 +232,11 @@ def test_out_of_memory_lowers_the_batch_and_nothing_else(monkeypatch, capsys):
     expected = Decoder(model, LEVELS, trie).beams(prompts, 10)
     sizes = []
 
-    def tight(model, batch):
+    def tight(model, batch, room):
         sizes.append(len(batch.ids))
         if len(batch.ids) > 2:
             raise torch.OutOfMemoryError("full")
-        return TreeBranches(model, batch)
+        return TreeBranches(model, batch, room)
 
     monkeypatch.setattr("recllm.decoding.decoder.branches_of", tight)
     decoder = Decoder(model, LEVELS, trie)
@@ -249,11 +249,11 @@ def test_out_of_memory_lowers_the_batch_and_nothing_else(monkeypatch, capsys):
 def test_the_lowered_batch_is_remembered(monkeypatch):
     sizes = []
 
-    def tight(model, batch):
+    def tight(model, batch, room):
         sizes.append(len(batch.ids))
         if len(batch.ids) > 2:
             raise RuntimeError("CUDA error: out of memory")
-        return TreeBranches(model, batch)
+        return TreeBranches(model, batch, room)
 
     monkeypatch.setattr("recllm.decoding.decoder.branches_of", tight)
     decoder = Decoder(some_model(), LEVELS, SemanticIdTrie.from_codes(some_codes(), SIZES))

@@ -35,12 +35,14 @@ def made(name: str):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("prompts_a_pass", [1, 2, 512])
 @pytest.mark.parametrize("read", READ)
 @pytest.mark.parametrize("shared", [(), (5,), (5, 6, 7)])
 @pytest.mark.parametrize("lengths", [(1, 5, 9), (7, 7), (1,)])
 @pytest.mark.parametrize("name", MODELS)
-def test_states_and_cache_are_those_of_the_whole_pass(name, lengths, shared, read):
+def test_states_and_cache_are_those_of_the_whole_pass(name, lengths, shared, read, prompts_a_pass, monkeypatch):
     """Each prompt by itself through the stock model, beside all of them in one batch."""
+    monkeypatch.setattr("recllm.decoding.branches.prompts_in_a_pass", lambda *_: prompts_a_pass)
     model, prompts = made(name), [[*shared, *prompt] for prompt in some_prompts(0, lengths)]
     asked = [[len(shared) + place for place in READ[read](length)] for length in lengths]
     ours, seen, states = prefill(model, PromptBatch.of(prompts, shared, read=asked))

@@ -166,10 +166,10 @@ def test_schedules_do_not_depend_on_the_batch_or_on_memory(monkeypatch, capsys):
     template = TEMPLATES["parallel"]
     expected = reflector(template, batch_size=5).scheduled(prompts, 8)
 
-    def tight(model, batch):
+    def tight(model, batch, room):
         if len(batch.ids) > 2:
             raise torch.OutOfMemoryError("full")
-        return TreeBranches(model, batch)
+        return TreeBranches(model, batch, room)
 
     monkeypatch.setattr("recllm.decoding.decoder.branches_of", tight)
     found = reflector(template).scheduled(prompts, 8)
