@@ -48,6 +48,7 @@ class BuildModelConfig:
     tiny_width: int = field(default=128, metadata={"help": "model tiny: hidden width, a multiple of 64."})
     tiny_layers: int = field(default=4, metadata={"help": "model tiny: layers."})
     tiny_vocabulary: int = field(default=4096, metadata={"help": "model tiny: most text tokens of its BPE."})
+    tiny_tied: bool = field(default=True, metadata={"help": "model tiny: one matrix is embedding and head."})
     seed: int = field(default=0, metadata={"help": "Of the new rows, and of the tiny model's weights."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a checkpoint that was made in another way."})
 
@@ -153,6 +154,6 @@ def base_model(config: BuildModelConfig, texts: list[str]) -> tuple[PreTrainedMo
     """The named model and tokenizer, or a tiny pair made for these texts."""
     if config.model == TINY:
         tokenizer = tiny_tokenizer([*texts, *wordings() * max(1, len(texts) // 10)], config.tiny_vocabulary)
-        model = tiny_model(len(tokenizer), config.tiny_width, config.tiny_layers, config.seed)
+        model = tiny_model(len(tokenizer), config.tiny_width, config.tiny_layers, config.seed, config.tiny_tied)
         return model.to(DTYPES[config.dtype]), tokenizer
     return load_causal_lm(config.model, DTYPES[config.dtype])
