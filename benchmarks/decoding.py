@@ -287,10 +287,8 @@ def main(config: BenchmarkConfig) -> None:
     launch.results.print(f"{users}, {config.items:,} items, {where}; times faster than HF:")
     launch.results.print(table)
     if config.output:
-        write_json(
-            config.output,
-            {"machine": where, "users": config.users, "hf_users": config.hf_users, "races": races},
-        )
+        users = {name: config.users_of(name) for name in ("ours", "prefix function", "prefill")}
+        write_json(config.output, {"machine": where, "users": users, "races": races})
 
 
 if __name__ == "__main__":

@@ -131,6 +131,10 @@ class SemanticIdTrie:
         """The most children that a node of each depth has. (L,)"""
         return tuple(int(ptr.diff().max()) for ptr in self.ptr)
 
+    def nodes(self, depth: int) -> int:
+        """How many prefixes of `depth` codes there are; of the root's depth, 0, one."""
+        return len(self.tok[depth - 1]) if depth else 1
+
     def children(self, depth: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Children of nodes of `depth`, and which of the places hold one. (…) -> (…, C) int64, (…, C) bool
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from recllm.decoding.body import attention_of
+
 NAME = "recllm_grouped"
 
 
@@ -34,7 +36,7 @@ def attending_in_groups(model: PreTrainedModel) -> Iterator[None]:
     """For the steps alone: the model's own attention computes the prompts, and trains."""
     AttentionInterface.register(NAME, grouped_attention)
     config = model.config.get_text_config()
-    before = config._attn_implementation
+    before = attention_of(model)
     if before.startswith("sdpa"):
         config._attn_implementation = NAME
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from recllm.decoding.attention import attending_in_groups
-from recllm.decoding.body import backbone, plain_attention
+from recllm.decoding.body import attention_of, backbone, plain_attention, takes_masks
 from recllm.decoding.cache import cache_on, growing_cache, shelves_for
 from recllm.decoding.last_layer import states_at
 from recllm.decoding.memory import prompts_in_a_pass
@@ -32,7 +32,7 @@ def prefill(model: PreTrainedModel, batch: PromptBatch, room: int = 0) -> tuple[
     if shelves is None:
         cache = growing_cache(model)
         return cache, seen, _prefill(model, batch, cache, shared)
-    size = prompts_in_a_pass(model, width)
+    size = prompts_in_a_pass(model, prompts, width)
     states = [
         _prefill(model, some, growing_cache(model, shelves, place * size), shared)
         for place, some in enumerate(batch.split(size))
@@ -99,7 +99,7 @@ class Branches:
     def __init__(self, model: PreTrainedModel, batch: PromptBatch, room: int = 0):
         self.model, self.body, self.dtype = model, backbone(model), model.dtype
         self.cache, self.seen, hidden = prefill(model, batch, room)
-        self.read = hidden[:, :-1]  # (P, J, D) hidden states of the tokens that the batch names
+        self.states = hidden[:, :-1]  # (P, J, D) of the tokens where the batch is read
         self.last = hidden[:, -1]  # (P, D) of each prompt's last token
         self.lengths = batch.lengths  # (P,)
         self.depth = 0  # where the next token stands, counted from the prompt's end
@@ -187,6 +187,9 @@ class ExpandedBranches(Branches):
 
     branches = 1
 
+    def __init__(self, model: PreTrainedModel, batch: PromptBatch, room: int = 0):
+        super().__init__(model, batch)  # room is lost with the first reordering
+
     def _advance(self, tokens: Tensor, parents: Tensor, block: Block) -> Tensor:
         prompts, branches, size = tokens.shape
         if not block.causal or int(block.offsets[0]) != self.depth:
@@ -222,10 +225,11 @@ def branches_of(model: PreTrainedModel, batch: PromptBatch, room: int = 0) -> Br
 
 
 def takes_tree_mask(model: PreTrainedModel) -> bool:
-    """Does the model heed a (P, 1, B, T) mask and our positions? Tried on eight tokens, once a model."""
-    if model not in _takes_tree_mask:
-        _takes_tree_mask[model] = plain_attention(model) and _agrees(model)
-    return _takes_tree_mask[model]
+    """Does the model heed a (P, 1, B, T) mask and our positions? Tried on eight tokens, once a model and attention."""
+    tried, which = _takes_tree_mask.setdefault(model, {}), attention_of(model)
+    if which not in tried:
+        tried[which] = plain_attention(model) and takes_masks(model) and _agrees(model)
+    return tried[which]
 
 
 @torch.no_grad()

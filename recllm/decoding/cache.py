@@ -63,8 +63,10 @@ class RoomyLayer(DynamicLayer):
 
     @classmethod
     def of_whole(cls, shelf: Shelf, size: int) -> "RoomyLayer":
-        """All rows of a shelf, filled up to `size` tokens."""
+        """All rows of a shelf, filled up to `size` tokens. Of a layer that the model leaves out there is nothing."""
         layer = cls()
+        if shelf.room is None:
+            return layer
         layer.lazy_initialization(*shelf.room)
         layer.room = shelf.room
         layer._fill(size)

@@ -118,12 +118,13 @@ class Decoder:
 
             return distinct_samples(walk, noise, answers, temperature, top_p)
 
-        return self._answer(prompts, answers, allowed, exclude, draw)
+        return self._answer(prompts, answers, allowed, exclude, draw, repeated=replacement)
 
     def _answer(
         self, prompts: Prompts, answers: int, allowed: Tensor | None, exclude: Sequence[Sequence[int]] | None,
-        search: Callable[[Walk, Sequence[int]], Found],
+        search: Callable[[Walk, Sequence[int]], Found], repeated: bool = False,
     ) -> Answers:  # fmt: skip
+        """`repeated`: may two branches say the same?"""
         if answers < 1:
             raise UserError(f"at least one answer a prompt is needed, got {answers}")
         shape, levels = (len(prompts), answers), self.trie.levels
@@ -139,7 +140,8 @@ class Decoder:
             if found.logps is not None:
                 logps[places, :width], drawn = found.logps.float().cpu(), True
 
-        self.walk(prompts, Behind(levels, answers, answers * (levels - 1)), work, allowed, exclude)
+        positions = answers * (levels - 1) if repeated else self.positions(answers)
+        self.walk(prompts, Behind(levels, answers, positions), work, allowed, exclude)
         return self.named(leaves, scores, logps if drawn else None)
 
     @torch.no_grad()
@@ -171,6 +173,10 @@ class Decoder:
             size = self.batch_size or self._fitting(lengths, behind)
             fits = in_batches(len(prompts), min(size, self.fits or size), one_batch)
         self.fits = fits if fits < size else self.fits
+
+    def positions(self, width: int) -> int:
+        """Tokens that a search of `width` different branches computes behind a prompt, at most."""
+        return sum(min(width, self.trie.nodes(depth)) for depth in range(1, self.trie.levels))
 
     def _checked_lengths(self, prompts: Prompts, behind: int) -> list[int]:
         lengths = [len(prompt) for prompt in prompts]

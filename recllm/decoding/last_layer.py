@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
-from recllm.decoding.body import backbone, plain_attention
+from recllm.decoding.body import attention_of, backbone, plain_attention, takes_masks
 
 
 class _Filled:
@@ -78,7 +78,7 @@ def states_at(model: PreTrainedModel, columns: Tensor, ids: Tensor, cache: Dynam
 
     The last column is the last token's.
     """
-    return _states_at(model, columns, ids, cache, _can_leave_others(model, columns.size(1)), **inputs)
+    return _states_at(model, columns, ids, cache, _can_leave_others(model, columns.size(1) > 1), **inputs)
 
 
 def _states_at(
@@ -102,14 +102,14 @@ def _leaving_others(model: PreTrainedModel, columns: Tensor) -> Iterator[None]:
 _can: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _can_leave_others(model: PreTrainedModel, read: int) -> bool:
-    """Are the states that are read, and the cache, what the whole pass gives? Tried on eight tokens, once a model for
-    the last token alone and once for several, which need a mask of ours."""
-    tried = _can.setdefault(model, {})
-    several = read > 1
-    if several not in tried:  # a window keeps no more keys than it needs
-        tried[several] = plain_attention(model) and all(_agrees(model, several, padded) for padded in (False, True))
-    return tried[several]
+def _can_leave_others(model: PreTrainedModel, several: bool) -> bool:
+    """Are the states that are read, and the cache, what the whole pass gives? Tried on eight tokens, once a model and
+    kind of attention, for the last token alone and for several, which need a mask of ours."""
+    tried, which = _can.setdefault(model, {}), (attention_of(model), several)
+    if which not in tried:  # a window keeps no more keys than it needs
+        may = plain_attention(model) and (takes_masks(model) or not several)
+        tried[which] = may and all(_agrees(model, several, padded) for padded in (False, True))
+    return tried[which]
 
 
 @torch.no_grad()

@@ -9,33 +9,46 @@ from recllm.errors import UserError
 from recllm.launch import console
 
 SHARE = 0.6  # of a GPU's memory beside the weights
-CPU_BYTES = 2**28  # on a CPU, small batches stay near its caches and larger ones are no faster
-PASS_BYTES = 2**23  # and of a pass over prompts no activation is wider, so that it is still near when it is read
+CPU_BYTES = 2**28  # on a CPU larger batches are no faster
+PASS_BYTES = 2**23  # there what a pass over prompts hands on inside a layer should still be near when it is read
 MOST = 512
 
 
 def prompts_at_once(model: PreTrainedModel, tokens: int, positions: int, branches: int, fanout: int) -> int:
     """For prompts of `tokens`, `positions` of answers after each, `branches` of them at a time."""
     config, bytes_each = model.config.get_text_config(), model.dtype.itemsize
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, width = heads_of(model)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     cache = 2 * config.num_hidden_layers * kv_heads * width * (tokens + positions) * bytes_each
-    # While a layer runs: its keys and values for all heads and once more as the cache grows, and the widest activation.
-    wide = max(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size, heads * width)
-    layer = 4 * heads * width * (tokens + positions) * bytes_each + 4 * wide * max(tokens, branches) * bytes_each
+    # While a layer runs: its keys and values for all heads and once more if the cache grows, and the widest activation.
+    layer = 4 * heads * width * (tokens + positions) * bytes_each
+    layer += 4 * widest(model) * max(tokens, branches) * bytes_each
     candidates = 6 * 4 * branches * fanout
     most = free_bytes(model) // max(1, cache + layer + candidates)
     return int(max(1, min(MOST, most)))
 
 
-def prompts_in_a_pass(model: PreTrainedModel, tokens: int) -> int:
-    """How many prompts of `tokens` are computed in one pass, where more of them are one batch of what follows."""
+def prompts_in_a_pass(model: PreTrainedModel, prompts: int, tokens: int) -> int:
+    """Of a batch of prompts: passes of about the same size."""
     if model.device.type != "cpu":
-        return MOST
+        return prompts
+    most = max(1, PASS_BYTES // (widest(model) * tokens * model.dtype.itemsize))
+    passes = -(-prompts // most)
+    return -(-prompts // passes)
+
+
+def heads_of(model: PreTrainedModel) -> tuple[int, int]:
+    """How many query heads, and how wide each is."""
     config = model.config.get_text_config()
-    wide = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
-    return max(1, PASS_BYTES // (wide * tokens * model.dtype.itemsize))
+    heads = config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def widest(model: PreTrainedModel) -> int:
+    """Numbers that a token has inside a layer: in its feed-forward, or in the heads' queries."""
+    config = model.config.get_text_config()
+    heads, width = heads_of(model)
+    return max(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size, heads * width)
 
 
 def free_bytes(model: PreTrainedModel) -> int:

@@ -111,14 +111,14 @@ class PrefixedDecoder:
     def _behind(self, width: int) -> Behind:
         levels = self.decoder.trie.levels
         prefix = 1 + (self.k if self.choose else 0) * levels
-        return Behind(prefix + levels, max(width, prefix), prefix + width * (levels - 1))
+        return Behind(prefix + levels, max(width, prefix), prefix + self.decoder.positions(width))
 
     def _chosen(self, branches: Branches, shown: Sequence[Shown], places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Events and their relevance. (P, K), (P, K)"""
         device = branches.last.device
         lengths = torch.tensor([len(some.ends) for some in shown])
         mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)  # (P, J)
-        chosen, relevance = self.choose(History(branches.read, mask.to(device), branches.last, places))
+        chosen, relevance = self.choose(History(branches.states, mask.to(device), branches.last, places))
         of_chosen = torch.full(chosen.shape, torch.nan, device=device)
         if relevance is not None and mask.size(1):
             of_chosen = relevance.float().gather(1, chosen.clamp(min=0)).masked_fill(chosen < 0, torch.nan)

@@ -39,6 +39,8 @@ class PromptBatch:
             mask[row, width - length :] = True
         columns = torch.full((len(prompts), max(map(len, read), default=0) if read else 0), width - 1)
         for row, (places, length) in enumerate(zip(read or (), lengths)):
+            if any(not start <= place < start + length for place in places):
+                raise ValueError(f"prompt {row}: a token that is read stands behind the prefix, and in the prompt")
             columns[row, : len(places)] = torch.as_tensor(places, dtype=torch.int64) - start + width - length
         return cls(tuple(prefix), ids.to(device), mask.to(device), columns.to(device))
 

@@ -152,14 +152,15 @@ def conditional_gumbel(logps: Tensor, top: Tensor) -> Tensor:
 def beams(walk: Walk, width: int, start: Start | None = None) -> Found:
     """The `width` most probable items, best first; from several branches, pairs of a branch and an item."""
     nodes, hidden, scores, finished = start or walk.start()
-    origins = torch.arange(nodes.size(1), device=nodes.device).expand_as(nodes)
+    starts = nodes.size(1)
+    origins = torch.arange(starts, device=nodes.device).expand_as(nodes)
     for depth in range(walk.trie.levels):
         found = walk.candidates(depth, nodes, hidden)
         steps = walk.scores(found)
         if finished is not None:
             steps = walk.along(depth, found, steps, finished)
         total = (scores.unsqueeze(-1) + steps).flatten(1)  # (P, B·C)
-        scores, best = total.topk(min(width, total.size(1)), dim=1)
+        scores, best = total.topk(min(width, total.size(1), starts * walk.trie.nodes(depth + 1)), dim=1)
         nodes, parents = found.nodes.flatten(1).gather(1, best), best // found.nodes.size(-1)
         origins = origins.gather(1, parents)
         finished = None if finished is None else finished.gather(1, parents)
@@ -226,7 +227,7 @@ def distinct_samples(walk: Walk, noise: Noise, answers: int, temperature: float 
         step = keep_top_p(over_children(found, temperature), top_p)
         total = so_far.unsqueeze(-1) + step  # (P, B, C) log-probability of the prefix
         keys = conditional_gumbel(total + noise(depth, total.shape), perturbed)
-        perturbed, best = keys.flatten(1).topk(min(answers, keys[0].numel()), dim=1)
+        perturbed, best = keys.flatten(1).topk(min(answers, keys[0].numel(), walk.trie.nodes(depth + 1)), dim=1)
         parents = best // total.size(-1)
 
         def take(values: Tensor, best: Tensor = best) -> Tensor:

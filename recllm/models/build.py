@@ -122,6 +122,8 @@ def _made_of(config: BuildModelConfig, catalogue: Catalogue, table: SemanticIdTa
     """Everything that the checkpoint is a function of; of a model in a folder its content, not its place."""
     places = ("data", "output", "overwrite", "model", "semantic_ids")
     settings = {name: value for name, value in vars(config).items() if name not in places}
+    if config.tiny_tied:  # it came later: what was made before it is what its default makes
+        del settings["tiny_tied"]
     base = TINY if config.model == TINY else which_model(config.model)
     return digest(table.fingerprint, catalogue.fingerprint, repr(settings), base)
 

@@ -83,7 +83,7 @@ def train_tiger(config: TigerConfig) -> Path:
     checkpoint = Checkpoint.load(start)
     add_dropout(checkpoint.model, config.dropout)
     trainer = trainer_of(config, catalogue, checkpoint, style, work / "steps")
-    with quiet():  # Trainer takes the tied head for missing when it loads the best epoch
+    with quiet():  # Trainer takes a tied head for missing when it loads the best epoch
         trainer.train(resume_from_checkpoint=last_whole_step(work / "steps"))
     with write_folder_whole(output) as folder:
         shutil.copytree(start, folder, dirs_exist_ok=True)

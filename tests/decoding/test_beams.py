@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from other_models import COMMON, OTHERS
+from other_models import COMMON, OTHERS, attend_by_lengths
 from reference import LEVELS, SIZES, item_scores, shaken, some_codes, some_model, some_prompts
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -118,6 +118,16 @@ def test_eager_attention_takes_an_additive_mask():
     model.set_attn_implementation("eager")
     assert takes_tree_mask(model)
     assert_exact(model, some_prompts(0), some_codes(), "level")
+
+
+def test_a_model_whose_attention_is_changed_later_is_tried_again():
+    model, prompts = some_model(), some_prompts(0)
+    decoder = Decoder(model, LEVELS, SemanticIdTrie.from_codes(some_codes(), SIZES))
+    expected = decoder.beams(prompts, 10)
+    attend_by_lengths(model)
+    assert not takes_tree_mask(model)
+    found = decoder.beams(prompts, 10)
+    assert torch.equal(found.rows, expected.rows)
 
 
 def test_expanded_caches_give_the_same(monkeypatch):

@@ -3,7 +3,7 @@ computed."""
 
 import pytest
 import torch
-from other_models import OTHERS
+from other_models import OTHERS, attend_by_lengths
 from reference import shaken, some_model, some_prompts
 from transformers import DynamicCache
 
@@ -82,6 +82,34 @@ def test_a_prompt_without_anything_to_read_stands_beside_others():
     plain = prefill(model, PromptBatch.of(prompts))[2]
     torch.testing.assert_close(states[:, -1:], plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(states[1, :2], plain[[1, 1], 0], atol=1e-5, rtol=1e-5)  # filled up with its end
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", ["sdpa", "by lengths"])
+@pytest.mark.parametrize("lengths", [(9, 4), (7, 7)])
+def test_an_attention_that_takes_no_mask_is_not_given_one_whatever_was_tried_before(lengths, before):
+    model, prompts = some_model(), some_prompts(0, lengths)
+    expected = prefill(model, PromptBatch.of(prompts, read=[[2, 3], [1]]))[2]
+    model = some_model() if before == "by lengths" else model
+    attend_by_lengths(model)
+    found = prefill(model, PromptBatch.of(prompts, read=[[2, 3], [1]]))[2]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_left_out_needs_no_cache():
+    model = some_model()
+    model.model.layers = model.model.layers[:1]  # the config still says two
+    prompts = some_prompts(0, (9, 4))
+    states = prefill(model, PromptBatch.of(prompts))[2]
+    alone = [model.model(input_ids=torch.tensor([prompt])).last_hidden_state[:, -1] for prompt in prompts]
+    torch.testing.assert_close(states[:, -1], torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 2, 7])
+def test_what_is_read_stands_in_the_prompt_behind_the_prefix(place):
+    with pytest.raises(ValueError, match="prompt 1: a token that is read"):
+        PromptBatch.of([[5, 6, 7, 8, 9], [5, 6, 7, 8, 9, 3, 4]], (5, 6, 7), read=[[3], [place]])
 
 
 @torch.no_grad()
