@@ -24,8 +24,10 @@ from torch import Tensor
 from recllm import metrics
 from recllm.errors import UserError
 from recllm.evaluation import predictions
+from recllm.evaluation.matching import KEY
+from recllm.evaluation.predictions import AGAIN
 from recllm.evaluation.repeats import Kind, apart
-from recllm.evaluation.scoring import AGAIN, KEY, case_values, is_of_cases, user_numbers, user_sums
+from recllm.evaluation.scoring import case_values, is_of_cases, user_numbers, user_sums
 from recllm.evaluation.slices import to_tensor
 from recllm.files import read_object, require
 

@@ -25,7 +25,6 @@ from recllm.evaluation.predictions import DraftLine, Prediction
 from recllm.evaluation.ranking import Drafts
 from recllm.objectives.grc import first_divergence
 
-AGAIN = "run evaluate.py again"
 NONE = float("-inf")
 
 

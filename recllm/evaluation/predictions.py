@@ -23,6 +23,7 @@ from recllm.evaluation.ranking import Drafts, Evidence, Ranking, Sample
 from recllm.files import read_lines
 
 FILE = "predictions.jsonl"
+AGAIN = "run evaluate.py again"
 
 
 class SampleLine(msgspec.Struct, omit_defaults=True):

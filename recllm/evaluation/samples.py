@@ -11,9 +11,7 @@ from torch import Tensor
 from recllm import metrics
 from recllm.catalogue import Catalogue
 from recllm.errors import UserError
-from recllm.evaluation.predictions import Prediction
-
-AGAIN = "run evaluate.py again"
+from recllm.evaluation.predictions import AGAIN, Prediction
 
 
 def answers(predictions: Sequence[Prediction], catalogue: Catalogue, file: str | Path | None = None) -> Tensor:

@@ -7,10 +7,8 @@ the intervals. Every target counts, or nothing is scored: a ranker that skips th
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import torch
 from rich.table import Table
@@ -20,13 +18,12 @@ from recllm import metrics
 from recllm.catalogue import Catalogue, Split
 from recllm.errors import UserError
 from recllm.evaluation import drafts, repeats, samples
+from recllm.evaluation.matching import in_order, item_lists, list_length
 from recllm.evaluation.predicting import some_users
 from recllm.evaluation.predictions import Prediction
 from recllm.evaluation.slices import Slices, item_rows, slices_of, to_tensor, training_counts
 
 METRICS = {"recall": metrics.recall_at_k, "ndcg": metrics.ndcg_at_k, "mrr": metrics.mrr_at_k}
-KEY = ["user", "position"]
-AGAIN = "run evaluate.py again"
 
 
 def score(
@@ -61,7 +58,7 @@ def score(
     cases = in_order(predictions, catalogue, split, file, measured)
     if not len(cases):
         raise UserError(f"the {split} split has no targets", file=catalogue.folder, fix="choose another split")
-    length = _length(predictions, ks, length, file)
+    length = list_length(predictions, ks, length, file)
     items = item_lists(predictions, catalogue, length, file)[to_tensor(cases["line"]) - 1]  # (P, K)
     targets = item_rows(catalogue, cases["target"])  # (P,)
     popularity = training_counts(catalogue)  # (N,)
@@ -71,16 +68,16 @@ def score(
     values = {name: case_values(name, ranks) for name in names}
     user = user_numbers(cases)  # (P,)
     order, more = to_tensor(cases["line"]) - 1, {}
+    means = partial(_means, user=user, seed=seed)
     if any(prediction.samples for prediction in predictions):
         found = samples.answers(predictions, catalogue, file)[order]  # (P, n)
         of_samples = samples.values_of(found, items, targets, ks, pass_ks)
         figures = {name: figure(value) for name, value in samples.chain_figures(predictions, found).items()}
-        more = {"reasoning": {"samples": found.size(1), **_means(of_samples, user, seed), **figures}}
+        more |= {"reasoning": {"samples": found.size(1), **means(of_samples), **figures}}
     if truth is not None:
         given = drafts.Drafts(*(part[order] for part in drafts.drafts_of(predictions, catalogue, truth, file)))
         of_drafts = drafts.measured(given, items, targets, ks, truth)
-        means = _means(of_drafts.of_cases, user, seed)
-        more = {"reflection": {"drafts": given.rows.size(1), **means, **of_drafts.others}}
+        more |= {"reflection": {"drafts": given.rows.size(1), **means(of_drafts.of_cases), **of_drafts.others}}
     divisions = slices_of(catalogue, split, popularity)
     if target_behaviour is not None:
         met = repeats.conversion_cases(catalogue, split, target_behaviour)["repeat"]
@@ -90,7 +87,7 @@ def score(
     return {
         "users": int(user.max()) + 1,
         "targets": len(cases),
-        **_means(values, user, seed),
+        **means(values),
         **more,
         "lists": list_figures(items, targets, popularity, k),
         "slices": {
@@ -179,86 +176,6 @@ def list_figures(items: Tensor, targets: Tensor, popularity: Tensor, k: int) -> 
 def figure(value: Tensor | float) -> float:
     """Beyond nine places stands the order in which threads added."""
     return round(float(value), 9)
-
-
-# ---- the predictions are those of the split, or one sentence says what is wrong
-
-
-def in_order(
-    predictions: Sequence[Prediction], catalogue: Catalogue, split: Split, file: str | Path | None, measured: pl.Series
-) -> pl.DataFrame:
-    """user, position, target, line: one row a measured target, in the order of `Catalogue.targets`."""
-    wanted = catalogue.targets(split).filter(measured)
-    wanted = wanted.select("user", pl.col("position").cast(pl.Int64), target="item")
-    given = pl.DataFrame(
-        {
-            "user": [prediction.user for prediction in predictions],
-            "position": [prediction.position for prediction in predictions],
-            "given": [prediction.target for prediction in predictions],
-        },
-        schema={"user": pl.String, "position": pl.Int64, "given": pl.String},
-    ).with_row_index("line", offset=1)
-    doubled = given.filter(~pl.struct(KEY).is_first_distinct())
-    _refuse(doubled, "is predicted a second time", file, "keep one line for each target")
-    foreign = given.join(wanted, on=KEY, how="anti", maintain_order="left")
-    of_another = f"is not a target of the {split} split of {catalogue.name}"
-    _refuse(foreign, of_another, file, "give the split and the prepared data that were predicted")
-    missing = wanted.join(given, on=KEY, how="anti", maintain_order="left")
-    if len(missing):
-        raise UserError(
-            f"{len(missing):,} of the {len(wanted):,} targets of the {split} split have no prediction, "
-            f"the first is {_case(missing)}",
-            file=file,
-            fix=AGAIN,
-        )
-    cases = wanted.join(given, on=KEY, how="left", maintain_order="left")
-    other = cases.filter(pl.col("target") != pl.col("given"))
-    if len(other):
-        target, wrong = other["target"][0], other["given"][0]
-        _refuse(other, f"took {target!r} by the catalogue, and the prediction says {wrong!r}", file, AGAIN)
-    return cases.drop("given")
-
-
-def item_lists(
-    predictions: Sequence[Prediction], catalogue: Catalogue, length: int, file: str | Path | None = None
-) -> Tensor:
-    """The lists as rows of the catalogue, filled up with -1.   -> (P, K)"""
-    row_of = catalogue.row_of
-    flat = np.fromiter((row_of.get(item, -1) for item in chain.from_iterable(p.items for p in predictions)), np.int64)
-    sizes = torch.tensor([len(prediction.items) for prediction in predictions])
-    if (flat < 0).any():
-        at = int(np.flatnonzero(flat < 0)[0])
-        line = int(torch.searchsorted(sizes.cumsum(0), at, right=True))
-        item = list(chain.from_iterable(p.items for p in predictions[: line + 1]))[at]
-        problem = f"user {predictions[line].user!r} is recommended {item!r}, which {catalogue.name} does not have"
-        raise UserError(problem, file=file, line=line + 1, fix="give the prepared data that were predicted")
-    items = torch.full((len(predictions), length), -1)
-    items[torch.arange(length) < sizes.unsqueeze(1)] = torch.from_numpy(flat)
-    return items
-
-
-def _length(predictions: Sequence[Prediction], ks: Sequence[int], length: int | None, file: str | Path | None) -> int:
-    sizes = [len(prediction.items) for prediction in predictions]
-    longest, k = max(sizes), max(ks)
-    if length is None:
-        return max(longest, k)
-    if length < k:
-        raise UserError(f"recall@{k} needs lists of {k} items, and they were to have {length}", fix="ask for more")
-    if longest > length:
-        line = sizes.index(longest) + 1
-        raise UserError(f"{longest} items in a list that was to have {length}", file=file, line=line, fix=AGAIN)
-    return length
-
-
-def _refuse(cases: pl.DataFrame, what: str, file: str | Path | None, fix: str) -> None:
-    if len(cases):
-        more = f" (and {len(cases) - 1:,} more like it)" if len(cases) > 1 else ""
-        line = None if file is None else cases["line"][0]
-        raise UserError(f"{_case(cases)} {what}{more}", file=file, line=line, fix=fix)
-
-
-def _case(cases: pl.DataFrame) -> str:
-    return f"user {cases['user'][0]!r} at position {cases['position'][0]}"
 
 
 # ---- to read
