@@ -48,7 +48,6 @@ class BuildModelConfig:
     tiny_width: int = field(default=128, metadata={"help": "model tiny: hidden width, a multiple of 64."})
     tiny_layers: int = field(default=4, metadata={"help": "model tiny: layers."})
     tiny_vocabulary: int = field(default=4096, metadata={"help": "model tiny: most text tokens of its BPE."})
-    tiny_tied: bool = field(default=True, metadata={"help": "model tiny: one matrix is embedding and head."})
     seed: int = field(default=0, metadata={"help": "Of the new rows, and of the tiny model's weights."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a checkpoint that was made in another way."})
 
@@ -122,8 +121,6 @@ def _made_of(config: BuildModelConfig, catalogue: Catalogue, table: SemanticIdTa
     """Everything that the checkpoint is a function of; of a model in a folder its content, not its place."""
     places = ("data", "output", "overwrite", "model", "semantic_ids")
     settings = {name: value for name, value in vars(config).items() if name not in places}
-    if config.tiny_tied:  # it came later: what was made before it is what its default makes
-        del settings["tiny_tied"]
     base = TINY if config.model == TINY else which_model(config.model)
     return digest(table.fingerprint, catalogue.fingerprint, repr(settings), base)
 
@@ -156,6 +153,6 @@ def base_model(config: BuildModelConfig, texts: list[str]) -> tuple[PreTrainedMo
     """The named model and tokenizer, or a tiny pair made for these texts."""
     if config.model == TINY:
         tokenizer = tiny_tokenizer([*texts, *wordings() * max(1, len(texts) // 10)], config.tiny_vocabulary)
-        model = tiny_model(len(tokenizer), config.tiny_width, config.tiny_layers, config.seed, config.tiny_tied)
+        model = tiny_model(len(tokenizer), config.tiny_width, config.tiny_layers, config.seed)
         return model.to(DTYPES[config.dtype]), tokenizer
     return load_causal_lm(config.model, DTYPES[config.dtype])

@@ -43,7 +43,6 @@ class TigerConfig:
     semantic_ids: str | None = field(default=None, metadata={"help": "Default: semantic_ids.json of the data folder."})
     width: int = field(default=256, metadata={"help": "Hidden width, a multiple of 64."})
     layers: int = field(default=4, metadata={"help": "Layers."})
-    tied: bool = field(default=False, metadata={"help": "One matrix is embedding and head: it repeats the history."})
     dropout: float = field(default=0.2, metadata={"help": "On the embeddings and on what each block adds."})
     item_dropout: float = field(
         default=0.0, metadata={"help": "Share of the items left out of a sequence, anew each time."}
@@ -83,7 +82,7 @@ def train_tiger(config: TigerConfig) -> Path:
     checkpoint = Checkpoint.load(start)
     add_dropout(checkpoint.model, config.dropout)
     trainer = trainer_of(config, catalogue, checkpoint, style, work / "steps")
-    with quiet():  # Trainer takes a tied head for missing when it loads the best epoch
+    with quiet():  # Trainer takes the tied head for missing when it loads the best epoch
         trainer.train(resume_from_checkpoint=last_whole_step(work / "steps"))
     with write_folder_whole(output) as folder:
         shutil.copytree(start, folder, dirs_exist_ok=True)
@@ -118,8 +117,7 @@ def start_of(config: TigerConfig, folder: Path) -> BuildModelConfig:
     """The untrained model."""
     return BuildModelConfig(
         data=config.data, output=str(folder), model=TINY, semantic_ids=config.semantic_ids, initialise="random",
-        tiny_width=config.width, tiny_layers=config.layers, tiny_vocabulary=512,
-        tiny_tied=config.tied, seed=config.seed,
+        tiny_width=config.width, tiny_layers=config.layers, tiny_vocabulary=512, seed=config.seed,
     )  # fmt: skip
 
 

@@ -60,16 +60,6 @@ def test_one_seed_gives_the_same_bytes_and_another_gives_others(data, tmp_path):
     assert other["model.safetensors"] != first["model.safetensors"]
 
 
-def test_a_head_of_its_own_is_kept_and_is_another_checkpoint(data, tmp_path):
-    tied, own = make(data, tmp_path), make(data, tmp_path, output=str(tmp_path / "own"), tiny_tied=False)
-    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (tied, own)]
-    heads = [model.get_output_embeddings().weight for model in models]
-    assert heads[0] is models[0].get_input_embeddings().weight
-    assert not torch.equal(heads[1], models[1].get_input_embeddings().weight)
-    with pytest.raises(UserError, match="another checkpoint"):
-        make(data, tmp_path, tiny_tied=False)
-
-
 def save_base(folder):
     """A model as others publish it: weights and tokenizer, no item tokens."""
     tokenizer = tiny_tokenizer([str(item) for item in ITEMS], vocabulary=400)
